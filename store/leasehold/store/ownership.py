@@ -1,0 +1,566 @@
+"""The transactions by which control of a device changes hands. Nothing else writes a holder or an epoch.
+
+An etcd lease protects nothing outside etcd. What these transactions guarantee is the order of things in etcd:
+one holder, epochs that rise, a record of every change, and a set of epochs that nobody has proved to be over.
+That no earlier epoch can still write is the business of the drivers' fences.
+
+    holder record        transition            written by           compares, besides holder and epochs
+    ---------------------------------------------------------------------------------------------------
+    none, set empty      assign     -> ACTIVATING  coordinator       the target's session
+    none, set not empty  take_over  -> ACTIVATING  the successor     its own session
+    any, session gone    take_over  -> ACTIVATING  the successor     its own session, the holder's is gone
+    ACTIVATING           publish    -> ACTIVE      its holder        the requests and grants it serves
+    ACTIVATING, ACTIVE   direct     -> YIELDING    coordinator       the request
+    YIELDING             swap       -> ACTIVATING  its holder        the target's session
+    any                  release    -> none        its holder        -
+    none                 release    -> none        earlier holder    -
+
+           assign                publish              direct
+    none ----------> ACTIVATING ---------> ACTIVE ------------> YIELDING --.
+     ^  take_over      ^   |                 |      swap (epoch+1)   |     |
+     |                 `---|-----------------|-----------------------'     |
+     `---------------------'-----------------'-----------------------------'
+                                  release, expiry
+
+* ACTIVATING hangs on the *session* lease of its holder: etcd refuses the whole transaction if that is gone,
+  so control passes only to the living, and no moment without an owner lets a third slip in between.
+* ACTIVE and YIELDING hang on the lease of the device itself, so a device whose data path hangs lapses alone.
+* The unreleased epochs are a set. Giving an epoch adds it; it leaves by its own holder's proof (swap,
+  release) or by a successor's fence (publish), and `assign` requires the set to be empty.
+* Every transaction compares `epochs/<device>` and rewrites it, so two absences of a holder are never taken
+  for the same one, and no two transactions on one device can both succeed from one reading.
+"""
+
+from dataclasses import dataclass, replace
+
+from leasehold.store.codec import Stored, Unreadable, decode, encode
+from leasehold.store.keys import Keys
+from leasehold.store.kv import (
+    Compare,
+    KeyValue,
+    Operation,
+    absent,
+    delete,
+    empty,
+    get,
+    get_prefix,
+    lease_is,
+    lease_is_not,
+    put,
+    unchanged,
+)
+from leasehold.store.records import (
+    NO_REQUEST,
+    AccessRequest,
+    Assignment,
+    AssignmentAction,
+    Availability,
+    ChangeKind,
+    Client,
+    ControlChange,
+    Controller,
+    ControllerId,
+    Device,
+    DeviceId,
+    Epoch,
+    Epochs,
+    Grant,
+    Holder,
+    HolderState,
+    LeaseId,
+    Party,
+    RequestId,
+    RequestState,
+    Target,
+    UnreleasedEpoch,
+    lease_number,
+)
+from leasehold.store.transaction import Transaction, new_change_id
+from leasehold.store.walltime import timestamp
+
+TRANSITIONS: dict[ChangeKind, tuple[frozenset[HolderState | None], HolderState | None]] = {
+    ChangeKind.ASSIGNED: (frozenset({None}), HolderState.ACTIVATING),
+    ChangeKind.TAKEN_OVER: (frozenset({None, *HolderState}), HolderState.ACTIVATING),
+    ChangeKind.ACTIVATED: (frozenset({HolderState.ACTIVATING}), HolderState.ACTIVE),
+    ChangeKind.YIELDING: (frozenset({HolderState.ACTIVATING, HolderState.ACTIVE}), HolderState.YIELDING),
+    ChangeKind.TRANSFERRED: (frozenset({HolderState.YIELDING}), HolderState.ACTIVATING),
+    ChangeKind.RELEASED: (frozenset({None, *HolderState}), None),
+}
+"""What each kind of change starts from and leads to; None is no holder record. A release by an earlier holder
+leaves the record of the present one as it is."""
+
+
+class NotPossible(Exception):
+    """The state of the device does not allow this transition; read again and decide anew."""
+
+    def __init__(self, device: DeviceId, reason: str) -> None:
+        super().__init__(f"device {device}: {reason}")
+        self.device = device
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What stands in etcd about the control of one device, at one revision.
+
+    `unreadable` is set when a record could not be understood or contradicts another: the device is busy, and
+    no transition is possible.
+    """
+
+    device: DeviceId
+    revision: int
+    spec: Stored[Device] | None = None
+    epochs: Stored[Epochs] | None = None
+    holder: Stored[Holder] | None = None
+    grants: tuple[Stored[Grant], ...] = ()
+    unreadable: str = ""
+
+    @property
+    def epoch(self) -> Epoch:
+        """The highest epoch given out; 0 before the first."""
+        return self.epochs.value.epoch if self.epochs else Epoch(0)
+
+    @property
+    def unreleased(self) -> tuple[UnreleasedEpoch, ...]:
+        return self.epochs.value.unreleased if self.epochs else ()
+
+    @property
+    def free(self) -> bool:
+        """Nobody holds it and nobody can still be acting on it."""
+        return not self.unreadable and self.holder is None and not self.unreleased
+
+    def held_by(self, controller: ControllerId) -> bool:
+        return self.holder is not None and self.holder.value.controller == controller
+
+
+def device_reads(keys: Keys, device: DeviceId) -> tuple[Operation, ...]:
+    """The ranges from which `device_state` is made, for one linearizable read."""
+    return (
+        get(keys.device(device)),
+        get(keys.epoch(device)),
+        get(keys.holder(device)),
+        get_prefix(keys.grants(device)),
+    )
+
+
+def device_state(device: DeviceId, revision: int, ranges: tuple[tuple[KeyValue, ...], ...]) -> DeviceState:
+    """What `device_reads` brought."""
+    spec, epochs, holder, grants = ranges[:4]
+    try:
+        state = DeviceState(
+            device,
+            revision,
+            spec=decode(Device, spec[0]) if spec else None,
+            epochs=decode(Epochs, epochs[0]) if epochs else None,
+            holder=decode(Holder, holder[0]) if holder else None,
+            grants=tuple(decode(Grant, item) for item in grants),
+        )
+    except Unreadable as error:
+        return DeviceState(device, revision, unreadable=str(error))
+    return checked(state)
+
+
+def checked(state: DeviceState) -> DeviceState:
+    """`state`, marked unreadable if its records contradict each other."""
+    holder, epochs = state.holder, state.epochs
+    wrong = ""
+    if holder and not epochs:
+        wrong = "there is a holder but no record of its epochs"
+    elif holder and epochs and holder.value.epoch != epochs.value.epoch:
+        wrong = f"the holder's epoch {holder.value.epoch} is not the highest, {epochs.value.epoch}"
+    elif holder and not holder.kv.lease:
+        wrong = "the holder record has no lease and would never expire"
+    return replace(state, unreadable=wrong) if wrong else state
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who writes a change, for its record."""
+
+    keys: Keys
+    name: str
+
+
+def assign(
+    author: Author, state: DeviceState, target: Controller, *, reason: str, request: RequestId = NO_REQUEST
+) -> Transaction:
+    """A free device is given to `target`."""
+    _require(state, not state.unreadable, state.unreadable)
+    _require(state, state.free, "it is not free")
+    return _give(
+        author,
+        state,
+        Target(controller=target.controller, instance=target.instance, session_lease=target.session_lease),
+        kind=ChangeKind.ASSIGNED,
+        unreleased=(),
+        reason=reason,
+        request=request,
+        ttl=state.spec.value.ttl if state.spec else 0,
+    )
+
+
+def direct(
+    author: Author, state: DeviceState, target: Controller, *, reason: str, request: RequestId = NO_REQUEST
+) -> Transaction:
+    """The holder is told to pass control to `target`, which may be itself in a new epoch."""
+    holder = _holder(state)
+    old = holder.value
+    _from(state, ChangeKind.YIELDING)
+    keys = author.keys
+    value = replace(
+        old,
+        state=HolderState.YIELDING,
+        request=request,
+        target=Target(
+            controller=target.controller, instance=target.instance, session_lease=target.session_lease
+        ),
+    )
+    assignment = Assignment(
+        device=state.device, controller=old.controller, action=AssignmentAction.YIELD, epoch=old.epoch
+    )
+    return _change(
+        author,
+        state,
+        kind=ChangeKind.YIELDING,
+        epoch=old.epoch,
+        unreleased=state.unreleased,
+        lost=_party(old),
+        gained=Party(controller=target.controller, instance=target.instance, epoch=Epoch(0)),
+        reason=reason,
+        request=request,
+        compares=(lease_is(keys.controller(target.controller), lease_number(target.session_lease)),),
+        operations=(
+            put(holder.key, encode(value, holder.kv.value), keep_lease=True),
+            put(keys.assignment(old.controller, state.device), encode(assignment)),
+        ),
+    )
+
+
+def swap(author: Author, state: DeviceState, *, reason: str) -> Transaction:
+    """A yielding holder that has proved itself inactive passes control to its target, in the next epoch."""
+    old = _holder(state).value
+    _from(state, ChangeKind.TRANSFERRED)
+    if old.target is None:
+        raise NotPossible(state.device, "its holder yields to nobody")
+    loser = author.keys.assignment(old.controller, state.device)
+    return _give(
+        author,
+        state,
+        old.target,
+        kind=ChangeKind.TRANSFERRED,
+        unreleased=_without(state, old.epoch),
+        lost=_party(old),
+        reason=reason,
+        request=old.request,
+        ttl=state.spec.value.ttl if state.spec else 0,
+        operations=() if old.target.controller == old.controller else (delete(loser),),
+    )
+
+
+def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str) -> Transaction:
+    """Control is taken from a holder that vanished, or whose session did. Nobody is fenced by this alone."""
+    _require(state, not state.unreadable, state.unreadable)
+    _require(state, state.epochs is not None, "it was never held")
+    keys = author.keys
+    compares: tuple[Compare, ...] = ()
+    operations: tuple[Operation, ...] = ()
+    lost: Party | None = None
+    if state.holder is not None:
+        old = state.holder.value
+        compares = (lease_is_not(keys.controller(old.controller), lease_number(old.session_lease)),)
+        lost = _party(old)
+    elif state.unreleased:
+        last = max(state.unreleased, key=lambda item: item.epoch)
+        lost = Party(controller=last.controller, instance=last.instance, epoch=last.epoch)
+    else:
+        raise NotPossible(state.device, "it is free: a coordinator assigns it")
+    if lost.controller != me.controller:
+        operations = (delete(keys.assignment(lost.controller, state.device)),)
+    return _give(
+        author,
+        state,
+        Target(controller=me.controller, instance=me.instance, session_lease=me.session_lease),
+        kind=ChangeKind.TAKEN_OVER,
+        unreleased=state.unreleased,
+        lost=lost,
+        expired=True,
+        reason=reason,
+        request=state.holder.value.request if state.holder else NO_REQUEST,
+        ttl=state.spec.value.ttl if state.spec else 0,
+        compares=compares,
+        operations=operations,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Whom a publication serves: the grants that stand, and the request the hold was made for."""
+
+    grants: tuple[Stored[Grant], ...] = ()
+    request: Stored[AccessRequest] | None = None
+    client: Stored[Client] | None = None
+
+    @property
+    def newcomer(self) -> AccessRequest | None:
+        """The request to be granted by this publication; None if there is none or its client has left."""
+        wanted = self.request is not None and self.client is not None
+        pending = wanted and self.request is not None and self.request.value.state is RequestState.PENDING
+        return self.request.value if pending and self.request else None
+
+
+def publish(
+    author: Author, state: DeviceState, *, path: str, device_lease: LeaseId, serving: Serving, reason: str
+) -> Transaction:
+    """The holder serves the device under `path`; the request is granted, standing grants get the new path.
+
+    The caller has fenced every lower unreleased epoch: they leave the set.
+    """
+    holder = _holder(state)
+    old = holder.value
+    _from(state, ChangeKind.ACTIVATED)
+    keys = author.keys
+    change = new_change_id()
+    own = UnreleasedEpoch(
+        epoch=old.epoch,
+        controller=old.controller,
+        instance=old.instance,
+        session_lease=old.session_lease,
+        device_lease=device_lease,
+        ttl_seconds=state.spec.value.ttl if state.spec else 0,
+    )
+    value = replace(
+        old, state=HolderState.ACTIVE, path=path, device_lease=device_lease, target=None, path_exposed=False
+    )
+    compares: list[Compare] = []
+    operations: list[Operation] = [
+        put(holder.key, encode(value, holder.kv.value), lease=lease_number(device_lease)),
+        delete(keys.availability(state.device, old.controller)),
+    ]
+    for grant in serving.grants:
+        moved = replace(grant.value, controller=old.controller, epoch=old.epoch, path=path)
+        compares.append(unchanged(grant.key, grant.mod_revision))
+        operations.append(put(grant.key, encode(moved, grant.kv.value)))
+    newcomer = serving.newcomer
+    if newcomer is not None and serving.request is not None and serving.client is not None:
+        given = Grant(
+            device=state.device,
+            request=newcomer.request,
+            client=newcomer.client,
+            controller=old.controller,
+            epoch=old.epoch,
+            path=path,
+        )
+        answered = replace(
+            newcomer, state=RequestState.GRANTED, reason=reason, epoch=old.epoch, change=change
+        )
+        compares += [
+            unchanged(serving.request.key, serving.request.mod_revision),
+            unchanged(serving.client.key, serving.client.mod_revision),
+        ]
+        operations += [
+            put(keys.grant(state.device, newcomer.request), encode(given)),
+            put(serving.request.key, encode(answered, serving.request.kv.value)),
+            delete(keys.queue_entry(state.device, newcomer.request)),
+        ]
+    return _change(
+        author,
+        state,
+        kind=ChangeKind.ACTIVATED,
+        epoch=old.epoch,
+        unreleased=(own,),
+        gained=_party(old),
+        reason=reason,
+        request=old.request,
+        compares=tuple(compares),
+        operations=tuple(operations),
+        change=change,
+    )
+
+
+def release(
+    author: Author,
+    state: DeviceState,
+    epochs: frozenset[Epoch],
+    *,
+    reason: str,
+    failure: Availability | None = None,
+) -> Transaction:
+    """A controller has proved that it can not act in `epochs` any more, all of them its own.
+
+    If one of them is the holder's, the record goes with it. `failure` records why the device could not be
+    served here.
+    """
+    _require(state, not state.unreadable, state.unreadable)
+    given = tuple(item for item in state.unreleased if item.epoch in epochs)
+    holder = state.holder if state.holder and state.holder.value.epoch in epochs else None
+    if not given and holder is None:
+        raise NotPossible(state.device, f"epochs {sorted(epochs)} are released already")
+    keys = author.keys
+    operations: list[Operation] = []
+    if holder is not None:
+        operations.append(delete(holder.key))
+        operations.append(delete(keys.assignment(holder.value.controller, state.device)))
+        lost = _party(holder.value)
+    else:
+        last = max(given, key=lambda item: item.epoch)
+        lost = Party(controller=last.controller, instance=last.instance, epoch=last.epoch)
+        if not (state.holder and state.holder.value.controller == last.controller):
+            operations.append(delete(keys.assignment(last.controller, state.device)))
+    if failure is not None:
+        operations.append(put(keys.availability(state.device, failure.controller), encode(failure)))
+    return _change(
+        author,
+        state,
+        kind=ChangeKind.RELEASED,
+        epoch=state.epoch,
+        unreleased=tuple(item for item in state.unreleased if item.epoch not in epochs),
+        lost=lost,
+        expired=holder is None and state.holder is None,
+        reason=reason,
+        operations=tuple(operations),
+    )
+
+
+def _give(
+    author: Author,
+    state: DeviceState,
+    target: Target,
+    *,
+    kind: ChangeKind,
+    unreleased: tuple[UnreleasedEpoch, ...],
+    reason: str,
+    request: RequestId,
+    ttl: int,
+    lost: Party | None = None,
+    expired: bool = False,
+    compares: tuple[Compare, ...] = (),
+    operations: tuple[Operation, ...] = (),
+) -> Transaction:
+    """The part that assign, swap and take_over share: the next epoch, on the session of its gainer."""
+    keys = author.keys
+    epoch = Epoch(state.epoch + 1)
+    session = lease_number(target.session_lease)
+    holder = Holder(
+        device=state.device,
+        controller=target.controller,
+        instance=target.instance,
+        session_lease=target.session_lease,
+        epoch=epoch,
+        state=HolderState.ACTIVATING,
+        request=request,
+    )
+    assignment = Assignment(
+        device=state.device, controller=target.controller, action=AssignmentAction.HOLD, epoch=epoch
+    )
+    own = UnreleasedEpoch(
+        epoch=epoch,
+        controller=target.controller,
+        instance=target.instance,
+        session_lease=target.session_lease,
+        ttl_seconds=ttl,
+    )
+    base = state.holder.kv.value if state.holder else None
+    return _change(
+        author,
+        state,
+        kind=kind,
+        epoch=epoch,
+        unreleased=(*unreleased, own),
+        lost=lost,
+        gained=Party(controller=target.controller, instance=target.instance, epoch=epoch),
+        expired=expired,
+        reason=reason,
+        request=request,
+        compares=(lease_is(keys.controller(target.controller), session), *compares),
+        operations=(
+            put(keys.holder(state.device), encode(holder, base), lease=session),
+            put(keys.assignment(target.controller, state.device), encode(assignment)),
+            *operations,
+        ),
+    )
+
+
+def _change(
+    author: Author,
+    state: DeviceState,
+    *,
+    kind: ChangeKind,
+    epoch: Epoch,
+    unreleased: tuple[UnreleasedEpoch, ...],
+    reason: str,
+    lost: Party | None = None,
+    gained: Party | None = None,
+    expired: bool = False,
+    request: RequestId = NO_REQUEST,
+    compares: tuple[Compare, ...] = (),
+    operations: tuple[Operation, ...] = (),
+    change: str = "",
+) -> Transaction:
+    """The part that all share: compare holder and epochs, rewrite the epochs, append to the history."""
+    keys = author.keys
+    change = change or new_change_id()
+    number = (state.epochs.value.changes if state.epochs else 0) + 1
+    epochs = Epochs(device=state.device, epoch=epoch, unreleased=unreleased, changes=number)
+    entry = ControlChange(
+        change=change,
+        device=state.device,
+        number=number,
+        kind=kind,
+        epoch=epoch,
+        lost=lost,
+        gained=gained,
+        expired=expired,
+        reason=reason,
+        request=request,
+        author=author.name,
+        recorded_at=timestamp(),
+    )
+    entry_key = keys.change(state.device, epoch, number)
+    return Transaction(
+        change=change,
+        proof_key=entry_key,
+        compares=(*_as_read(keys, state), absent(entry_key), *compares),
+        operations=(
+            put(keys.epoch(state.device), encode(epochs, state.epochs.kv.value if state.epochs else None)),
+            put(entry_key, encode(entry)),
+            *operations,
+        ),
+    )
+
+
+def _as_read(keys: Keys, state: DeviceState) -> tuple[Compare, ...]:
+    holder = (
+        unchanged(state.holder.key, state.holder.mod_revision)
+        if state.holder
+        else absent(keys.holder(state.device))
+    )
+    if state.epochs:
+        return holder, unchanged(state.epochs.key, state.epochs.mod_revision)
+    # A device without a record of epochs is new, or somebody deleted the record: its history tells.
+    return holder, absent(keys.epoch(state.device)), empty(keys.history(state.device))
+
+
+def _holder(state: DeviceState) -> Stored[Holder]:
+    _require(state, not state.unreadable, state.unreadable)
+    if state.holder is None:
+        raise NotPossible(state.device, "nobody holds it")
+    return state.holder
+
+
+def _from(state: DeviceState, kind: ChangeKind) -> None:
+    now = state.holder.value.state if state.holder else None
+    allowed, _ = TRANSITIONS[kind]
+    _require(state, now in allowed, f"it is {now}, from which nothing leads to {kind}")
+
+
+def _require(state: DeviceState, condition: bool, reason: str) -> None:
+    if not condition:
+        raise NotPossible(state.device, reason)
+
+
+def _party(holder: Holder) -> Party:
+    return Party(controller=holder.controller, instance=holder.instance, epoch=holder.epoch)
+
+
+def _without(state: DeviceState, epoch: Epoch) -> tuple[UnreleasedEpoch, ...]:
+    return tuple(item for item in state.unreleased if item.epoch != epoch)

@@ -1,0 +1,326 @@
+"""The records that stand in etcd, as the rest of the program sees them: immutable, typed, without protobuf.
+
+Each class has the fields of the message of the same name in `leasehold.v1`; `codec` turns one into the other
+and a test holds them against each other. A field without a default must be present and understood for the
+record to be readable at all; a record that is not readable means *busy*.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+DeviceId = NewType("DeviceId", str)
+ControllerId = NewType("ControllerId", str)
+CoordinatorId = NewType("CoordinatorId", str)
+RequestId = NewType("RequestId", str)
+InstanceId = NewType("InstanceId", str)
+Epoch = NewType("Epoch", int)
+LeaseId = NewType("LeaseId", str)
+"""An etcd lease as etcdctl prints it: sixteen hexadecimal digits."""
+
+NO_LEASE = LeaseId("")
+NO_REQUEST = RequestId("")
+VERSION = 1
+DEFAULT_TTL = 10
+"""Seconds a device lease lives when its spec does not say."""
+DEFAULT_PRIORITY = 50
+
+
+class InvalidId(ValueError):
+    """A text that can not name anything. The caller corrects it."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        shown = text if len(text) <= 70 else text[:67] + "..."
+        super().__init__(
+            f"{kind} {shown!r} is not an id: 1 to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
+        )
+        self.kind = kind
+
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def check_id(kind: str, text: str) -> str:
+    """`text`, if it may name a device, a controller or a request.
+
+    Ids become keys, export names and file names, so nothing else is let through. Raises `InvalidId`.
+    """
+    if not _ID.fullmatch(text):
+        raise InvalidId(kind, text)
+    return text
+
+
+def lease_id(number: int) -> LeaseId:
+    """The written form of an etcd lease; nothing for 0, which is no lease."""
+    return LeaseId(f"{number & 0xFFFFFFFFFFFFFFFF:016x}") if number else NO_LEASE
+
+
+def lease_number(lease: LeaseId) -> int:
+    """The number etcd's protocol wants; 0 for no lease. Raises ValueError on anything but hexadecimal."""
+    number = int(lease, 16) if lease else 0
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def new_instance() -> InstanceId:
+    """A name for one start of a daemon."""
+    return InstanceId(secrets.token_hex(8))
+
+
+class TakeoverPolicy(StrEnum):
+    HOLD_OFF = "HOLD_OFF"
+    STRICT = "STRICT"
+
+
+class HolderState(StrEnum):
+    ACTIVATING = "ACTIVATING"
+    ACTIVE = "ACTIVE"
+    YIELDING = "YIELDING"
+
+
+class AssignmentAction(StrEnum):
+    HOLD = "HOLD"
+    YIELD = "YIELD"
+
+
+class AccessMode(StrEnum):
+    EXCLUSIVE = "EXCLUSIVE"
+
+
+class RequestState(StrEnum):
+    PENDING = "PENDING"
+    GRANTED = "GRANTED"
+    REJECTED = "REJECTED"
+    CANCELLED = "CANCELLED"
+    EXPIRED = "EXPIRED"
+    ENDED = "ENDED"
+
+    @property
+    def over(self) -> bool:
+        return self not in (RequestState.PENDING, RequestState.GRANTED)
+
+
+class ChangeKind(StrEnum):
+    ASSIGNED = "ASSIGNED"
+    YIELDING = "YIELDING"
+    TRANSFERRED = "TRANSFERRED"
+    TAKEN_OVER = "TAKEN_OVER"
+    ACTIVATED = "ACTIVATED"
+    RELEASED = "RELEASED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What an operator says of a device."""
+
+    version: int = VERSION
+    device: DeviceId
+    driver: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    controllers: tuple[ControllerId, ...] = ()
+    ttl_seconds: int = 0
+    takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF
+
+    @property
+    def ttl(self) -> int:
+        """Seconds its device lease lives without being renewed."""
+        return self.ttl_seconds or DEFAULT_TTL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controller:
+    """A controller's registration."""
+
+    version: int = VERSION
+    controller: ControllerId
+    instance: InstanceId
+    session_lease: LeaseId
+    endpoint: str = ""
+    data_host: str = ""
+    drivers: tuple[str, ...] = ()
+    draining: bool = False
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinator:
+    """A coordinator's registration."""
+
+    version: int = VERSION
+    coordinator: CoordinatorId
+    instance: InstanceId
+    session_lease: LeaseId
+    endpoint: str = ""
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreleasedEpoch:
+    """An epoch whose holder may still act."""
+
+    epoch: Epoch
+    controller: ControllerId
+    instance: InstanceId
+    session_lease: LeaseId
+    device_lease: LeaseId = NO_LEASE
+    ttl_seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epochs:
+    """The highest epoch given out for a device, and those not proved to be over."""
+
+    version: int = VERSION
+    device: DeviceId
+    epoch: Epoch
+    unreleased: tuple[UnreleasedEpoch, ...] = ()
+    changes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """To whom a yielding holder passes control."""
+
+    controller: ControllerId
+    instance: InstanceId
+    session_lease: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """The controller that alone may act on a device."""
+
+    version: int = VERSION
+    device: DeviceId
+    controller: ControllerId
+    instance: InstanceId
+    session_lease: LeaseId
+    device_lease: LeaseId = NO_LEASE
+    epoch: Epoch
+    state: HolderState
+    path: str = ""
+    target: Target | None = None
+    request: RequestId = NO_REQUEST
+    path_exposed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """An instruction to one controller about one device."""
+
+    version: int = VERSION
+    device: DeviceId
+    controller: ControllerId
+    action: AssignmentAction
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessRequest:
+    """A client's wish to use a device."""
+
+    version: int = VERSION
+    request: RequestId
+    client: str = ""
+    device: DeviceId
+    mode: AccessMode = AccessMode.EXCLUSIVE
+    priority: int = 0
+    controller: ControllerId = ControllerId("")
+    wait_seconds: int = 0
+    state: RequestState
+    reason: str = ""
+    access_lease: LeaseId = NO_LEASE
+    epoch: Epoch = Epoch(0)
+    created_at: str = ""
+    ended_at: str = ""
+    change: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """Stands as long as the client of a request is there."""
+
+    version: int = VERSION
+    request: RequestId
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueEntry:
+    """The place of a pending request in the queue of its device."""
+
+    version: int = VERSION
+    device: DeviceId
+    request: RequestId
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """A client's right to use a device through the path of one epoch."""
+
+    version: int = VERSION
+    device: DeviceId
+    request: RequestId
+    client: str = ""
+    controller: ControllerId
+    epoch: Epoch
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Availability:
+    """What has lately kept a controller from serving a device."""
+
+    version: int = VERSION
+    device: DeviceId
+    controller: ControllerId
+    failures: int = 0
+    reason: str = ""
+    failed_at: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Party:
+    """One side of a control change."""
+
+    controller: ControllerId
+    instance: InstanceId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlChange:
+    """One entry of a device's history."""
+
+    version: int = VERSION
+    change: str
+    device: DeviceId
+    number: int
+    kind: ChangeKind
+    epoch: Epoch
+    lost: Party | None = None
+    gained: Party | None = None
+    expired: bool = False
+    reason: str = ""
+    request: RequestId = NO_REQUEST
+    author: str = ""
+    recorded_at: str = ""
+
+
+Record = (
+    Device
+    | Controller
+    | Coordinator
+    | Epochs
+    | Holder
+    | Assignment
+    | AccessRequest
+    | Client
+    | QueueEntry
+    | Grant
+    | Availability
+    | ControlChange
+)

@@ -1,0 +1,226 @@
+"""The transactions by which an access request lives: one beginning, exactly one outcome, one end.
+
+    (absent) --submit--> PENDING --grant, or publish by the holder--> GRANTED --end--> ENDED
+        |                   `--refuse--> REJECTED | CANCELLED | EXPIRED
+        `--submit_granted--> GRANTED
+
+A decision for a device compares its queue as it was seen (nothing newer may have arrived), the request it is
+about, the grants, and the holder. So two coordinators that decide at once cannot both succeed.
+"""
+
+from dataclasses import dataclass, replace
+
+from leasehold.store.codec import Stored, encode
+from leasehold.store.keys import Keys
+from leasehold.store.kv import Compare, Operation, absent, delete, empty, none_newer, present, put, unchanged
+from leasehold.store.ownership import DeviceState, NotPossible
+from leasehold.store.records import (
+    AccessRequest,
+    Client,
+    DeviceId,
+    Epoch,
+    Grant,
+    Holder,
+    HolderState,
+    QueueEntry,
+    RequestState,
+    lease_number,
+)
+from leasehold.store.transaction import Transaction, new_change_id
+from leasehold.store.walltime import timestamp
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSeen:
+    """The queue of a device as a decision saw it: nothing may have joined it since `revision`."""
+
+    device: DeviceId
+    revision: int
+
+    def compare(self, keys: Keys) -> Compare:
+        return none_newer(keys.queue(self.device), self.revision)
+
+
+def submit(keys: Keys, request: AccessRequest) -> Transaction:
+    """A new request stands in the queue of its device. Its access lease must be alive."""
+    change = new_change_id()
+    value = replace(request, state=RequestState.PENDING, change=change, created_at=timestamp())
+    entry = QueueEntry(device=request.device, request=request.request, priority=request.priority)
+    return Transaction(
+        change=change,
+        proof_key=keys.request(request.request),
+        compares=(absent(keys.request(request.request)), present(keys.device(request.device))),
+        operations=(
+            put(keys.request(request.request), encode(value)),
+            put(keys.queue_entry(request.device, request.request), encode(entry)),
+            _client(keys, request),
+        ),
+    )
+
+
+def submit_granted(
+    keys: Keys, state: DeviceState, queue: QueueSeen, request: AccessRequest, *, reason: str
+) -> Transaction:
+    """A new request is granted as it arrives: its device is active where it is wanted, and unused."""
+    holder = _serving(state)
+    change = new_change_id()
+    value = replace(
+        request,
+        state=RequestState.GRANTED,
+        reason=reason,
+        epoch=holder.value.epoch,
+        change=change,
+        created_at=timestamp(),
+    )
+    return Transaction(
+        change=change,
+        proof_key=keys.request(request.request),
+        compares=(
+            absent(keys.request(request.request)),
+            present(keys.device(request.device)),
+            *_unused(keys, state, holder, queue),
+        ),
+        operations=(
+            put(keys.request(request.request), encode(value)),
+            _grant(keys, holder.value, request),
+            _client(keys, request),
+        ),
+    )
+
+
+def grant(
+    keys: Keys,
+    state: DeviceState,
+    queue: QueueSeen,
+    request: Stored[AccessRequest],
+    client: Stored[Client],
+    *,
+    reason: str,
+) -> Transaction:
+    """A waiting request is granted on a device that is active where it is wanted, and unused."""
+    holder = _serving(state)
+    change = new_change_id()
+    value = replace(
+        request.value, state=RequestState.GRANTED, reason=reason, epoch=holder.value.epoch, change=change
+    )
+    return Transaction(
+        change=change,
+        proof_key=request.key,
+        compares=(
+            unchanged(request.key, request.mod_revision),
+            unchanged(client.key, client.mod_revision),
+            *_unused(keys, state, holder, queue),
+        ),
+        operations=(
+            put(request.key, encode(value, request.kv.value)),
+            _grant(keys, holder.value, request.value),
+            delete(keys.queue_entry(state.device, request.value.request)),
+        ),
+    )
+
+
+def decided_for(
+    keys: Keys, transaction: Transaction, queue: QueueSeen, request: Stored[AccessRequest] | None
+) -> Transaction:
+    """An ownership transaction that is made for the sake of a waiting request.
+
+    It stands only while nobody uses the device, nothing newer waits for it, and the request is unchanged.
+    `request` is None when it is submitted in the same transaction.
+    """
+    compares: tuple[Compare, ...] = (queue.compare(keys), empty(keys.grants(queue.device)))
+    if request is not None:
+        compares = (*compares, unchanged(request.key, request.mod_revision))
+    return replace(transaction, compares=transaction.compares + compares)
+
+
+def refuse(keys: Keys, request: Stored[AccessRequest], outcome: RequestState, *, reason: str) -> Transaction:
+    """A waiting request ends without access: REJECTED, CANCELLED or EXPIRED."""
+    if request.value.state is not RequestState.PENDING:
+        raise NotPossible(
+            request.value.device, f"request {request.value.request} is {request.value.state}, not PENDING"
+        )
+    return _finish(keys, request, outcome, reason, operations=())
+
+
+def end(
+    keys: Keys, state: DeviceState, request: Stored[AccessRequest], *, reason: str, path_exposed: bool
+) -> Transaction:
+    """An access is over.
+
+    `path_exposed` when the client did not say so itself: it may still know the path, and the next grant must
+    begin a new epoch even on the same controller.
+    """
+    if request.value.state is not RequestState.GRANTED:
+        raise NotPossible(
+            request.value.device, f"request {request.value.request} is {request.value.state}, not GRANTED"
+        )
+    compares: tuple[Compare, ...] = ()
+    operations: tuple[Operation, ...] = (delete(keys.grant(state.device, request.value.request)),)
+    if path_exposed:
+        if state.holder is None:
+            compares = (absent(keys.holder(state.device)),)
+        else:
+            compares = (unchanged(state.holder.key, state.holder.mod_revision),)
+            marked = replace(state.holder.value, path_exposed=True)
+            operations = (
+                *operations,
+                put(state.holder.key, encode(marked, state.holder.kv.value), keep_lease=True),
+            )
+    return _finish(keys, request, RequestState.ENDED, reason, compares=compares, operations=operations)
+
+
+def _finish(
+    keys: Keys,
+    request: Stored[AccessRequest],
+    outcome: RequestState,
+    reason: str,
+    *,
+    operations: tuple[Operation, ...],
+    compares: tuple[Compare, ...] = (),
+) -> Transaction:
+    change = new_change_id()
+    value = replace(request.value, state=outcome, reason=reason, change=change, ended_at=timestamp())
+    return Transaction(
+        change=change,
+        proof_key=request.key,
+        compares=(unchanged(request.key, request.mod_revision), *compares),
+        operations=(
+            put(request.key, encode(value, request.kv.value)),
+            delete(keys.queue_entry(value.device, value.request)),
+            delete(keys.client(value.request)),
+            *operations,
+        ),
+    )
+
+
+def _serving(state: DeviceState) -> Stored[Holder]:
+    if state.unreadable or state.holder is None or state.holder.value.state is not HolderState.ACTIVE:
+        raise NotPossible(state.device, state.unreadable or "nobody serves it")
+    if state.holder.value.path_exposed:
+        raise NotPossible(state.device, "an earlier client may still know its path")
+    return state.holder
+
+
+def _unused(keys: Keys, state: DeviceState, holder: Stored[Holder], queue: QueueSeen) -> tuple[Compare, ...]:
+    return (
+        unchanged(holder.key, holder.mod_revision),
+        empty(keys.grants(state.device)),
+        queue.compare(keys),
+    )
+
+
+def _grant(keys: Keys, holder: Holder, request: AccessRequest) -> Operation:
+    given = Grant(
+        device=holder.device,
+        request=request.request,
+        client=request.client,
+        controller=holder.controller,
+        epoch=Epoch(holder.epoch),
+        path=holder.path,
+    )
+    return put(keys.grant(holder.device, request.request), encode(given))
+
+
+def _client(keys: Keys, request: AccessRequest) -> Operation:
+    value = Client(request=request.request, client=request.client)
+    return put(keys.client(request.request), encode(value), lease=lease_number(request.access_lease))

@@ -1,0 +1,8 @@
+"""The wall clock, which serves people and retention. No decision about control ever reads it."""
+
+from datetime import UTC, datetime
+
+
+def timestamp() -> str:
+    """Now, in RFC 3339 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
