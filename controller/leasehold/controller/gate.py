@@ -199,7 +199,11 @@ class Gate:
         # The deadlines before what they vouch for, see the module; the clock last.
         deadline = words[at + _DEADLINE]
         session = words[_SESSION]
-        if words[at + _EPOCH] != epoch or words[at + _SHUT] == epoch or words[at + _BORN] != words[_GENERATION]:
+        if (
+            words[at + _EPOCH] != epoch
+            or words[at + _SHUT] == epoch
+            or words[at + _BORN] != words[_GENERATION]
+        ):
             return False
         return clock_gettime_ns(CLOCK_BOOTTIME) < (deadline if deadline < session else session)
 

@@ -47,7 +47,7 @@ _MAPPED: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (errors.NoSpace, grpc.StatusCode.RESOURCE_EXHAUSTED, "ETCD_NO_SPACE"),
     (errors.OutcomeUnknown, grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"),
     (errors.AccessDenied, grpc.StatusCode.UNAVAILABLE, "ETCD_ACCESS_DENIED"),
-    (errors.EtcdError, grpc.StatusCode.UNAVAILABLE, "ETCD_UNAVAILABLE"),
+    (errors.StoreError, grpc.StatusCode.UNAVAILABLE, "ETCD_UNAVAILABLE"),
 )
 
 

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from leasehold.store import records
 from leasehold.store.kv import KeyValue
-from leasehold.store.records import Record
+from leasehold.store.records import LeaseId, Record, lease_number
 from leasehold.v1 import records_pb2
 
 T = TypeVar("T")
@@ -71,9 +71,12 @@ def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
     message = _message_class(cls)()
     try:
         document = json.loads(kv.value)
+        if not isinstance(document, dict):
+            raise ValueError("it is not a JSON object")
+        _refuse_unknown_values(message.DESCRIPTOR, document)
         json_format.ParseDict(document, message, ignore_unknown_fields=True)
         value = from_message(cls, message)
-    except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, json_format.ParseError) as error:
         raise Unreadable(kv.key, str(error)) from error
     version = cast("Record", value).version
     if version != records.VERSION:
@@ -135,7 +138,19 @@ def _from_field(message: Message, descriptor: FieldDescriptor, hint: Any) -> Any
         if value == 0:
             return MISSING
         return hint(_enum_names(descriptor)[value])
+    if hint is LeaseId:
+        lease_number(value)
     return value if value else MISSING
+
+
+def _refuse_unknown_values(descriptor: Descriptor, document: dict[str, Any]) -> None:
+    # Ignoring unknown fields, protobuf also takes an enum's unknown name for an absent field, and a policy
+    # that this version does not know must not silently become the default one.
+    for enum in _enum_fields(descriptor):
+        for spelling in (enum.json_name, enum.name):
+            value = document.get(spelling)
+            if isinstance(value, str) and value not in enum.enum_type.values_by_name:
+                raise ValueError(f"{spelling} is {value[:80]!r}, which is not understood")
 
 
 def _keep_unknown(descriptor: Descriptor, base: Any, document: Any) -> None:
@@ -161,6 +176,11 @@ def _keep_unknown(descriptor: Descriptor, base: Any, document: Any) -> None:
 
 
 @cache
+def _enum_fields(descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
+    return tuple(item for item in descriptor.fields if item.enum_type is not None)
+
+
+@cache
 def _message_class(cls: type) -> type[Message]:
     return cast("type[Message]", getattr(records_pb2, cls.__name__))
 
@@ -168,16 +188,11 @@ def _message_class(cls: type) -> type[Message]:
 @cache
 def _layout(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
     hints = get_type_hints(cls)
-    return tuple((item.name, _plain(hints[item.name]), _has_default(item)) for item in fields(cls))
+    return tuple((item.name, hints[item.name], _has_default(item)) for item in fields(cls))
 
 
 def _has_default(item: Field[Any]) -> bool:
     return item.default is not MISSING or item.default_factory is not MISSING
-
-
-def _plain(hint: Any) -> Any:
-    """A NewType's underlying type."""
-    return _plain(hint.__supertype__) if hasattr(hint, "__supertype__") else hint
 
 
 def _without_none(hint: Any) -> Any:

@@ -41,6 +41,7 @@ class InvalidId(ValueError):
 
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_LEASE = re.compile(r"[0-9a-f]{1,16}")
 
 
 def check_id(kind: str, text: str) -> str:
@@ -59,8 +60,12 @@ def lease_id(number: int) -> LeaseId:
 
 
 def lease_number(lease: LeaseId) -> int:
-    """The number etcd's protocol wants; 0 for no lease. Raises ValueError on anything but hexadecimal."""
-    number = int(lease, 16) if lease else 0
+    """The number etcd's protocol wants; 0 for no lease. Raises ValueError on what etcdctl would not print."""
+    if not lease:
+        return 0
+    if not _LEASE.fullmatch(lease):
+        raise ValueError(f"{lease[:40]!r} is not a lease: 1 to 16 of 0-9 and a-f")
+    number = int(lease, 16)
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
@@ -284,11 +289,11 @@ class Availability:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Party:
-    """One side of a control change."""
+    """One side of a control change. Who is only about to gain control has no epoch yet: 0."""
 
     controller: ControllerId
     instance: InstanceId
-    epoch: Epoch
+    epoch: Epoch = Epoch(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,11 +161,12 @@ def end(
             compares = (absent(keys.holder(state.device)),)
         else:
             compares = (unchanged(state.holder.key, state.holder.mod_revision),)
-            marked = replace(state.holder.value, path_exposed=True)
-            operations = (
-                *operations,
-                put(state.holder.key, encode(marked, state.holder.kv.value), keep_lease=True),
-            )
+            # Only a published path can be known; a holder in any other state is about to begin a new epoch,
+            # and the comparison above catches one that publishes meanwhile.
+            if state.holder.value.state is HolderState.ACTIVE:
+                marked = replace(state.holder.value, path_exposed=True)
+                mark = put(state.holder.key, encode(marked, state.holder.kv.value), keep_lease=True)
+                operations = (*operations, mark)
     return _finish(keys, request, RequestState.ENDED, reason, compares=compares, operations=operations)
 
 

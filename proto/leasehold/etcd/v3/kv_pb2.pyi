@@ -353,7 +353,9 @@ class Compare(google.protobuf.message.Message):
     value: builtins.bytes
     lease: builtins.int
     range_end: builtins.bytes
-    """Exclusive; the comparison must then hold for every key of the range, and holds for an empty one."""
+    """Exclusive. The comparison must then hold for every key of the range; an empty range counts as one key whose
+    numbers are all 0.
+    """
     def __init__(
         self,
         *,

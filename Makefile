@@ -1,0 +1,61 @@
+# The verbs of this repository. Each prepares what it needs; only Python 3.11 or newer has to be there.
+
+PYTHON ?= python3
+ROOTS := client controller coordinator proto store
+BIN := .venv/bin
+
+.PHONY: demo test lint proto bench
+
+# A cluster on this machine, two controllers, and a device that changes hands.
+demo: .venv/.demo
+	$(BIN)/leasehold demo
+
+# Everything, except what an absent system tool makes impossible: the summary names each such test and tool.
+# With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest.
+test: .venv/.dev
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/.dev .venv-proto/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(ROOTS) tests
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	rm -rf .venv-proto/stubs
+	mkdir .venv-proto/stubs
+	$(call stubs,.venv-proto/stubs)
+	diff -r -x '*.proto' -x __init__.py -x py.typed -x __pycache__ .venv-proto/stubs/leasehold proto/leasehold || \
+	  { echo 'the stubs are not what the .proto files say: run make proto' >&2; exit 1; }
+
+# The stubs that stand beside the .proto files, made anew.
+proto: .venv-proto/.ready
+	$(call stubs,proto)
+
+bench: .venv/.dev
+	$(BIN)/python -m tests.bench $(ARGS)
+
+# leasehold/etcd has no services: it calls etcd by literal method paths.
+define stubs
+	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(1) \
+	  --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/leasehold/v1/*.proto
+	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(1) \
+	  --mypy_out=quiet:$(1) proto/leasehold/etcd/v3/*.proto
+endef
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch .venv/.demo $@
+
+# An environment of its own: the generators pin an older protobuf than the program runs on. The stubs they
+# write are good for every protobuf from 5.29 and every grpcio from 1.71 on.
+.venv-proto/.ready: Makefile
+	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.71.2 mypy-protobuf==3.6.0
+	touch $@

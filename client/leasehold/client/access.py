@@ -1,0 +1,375 @@
+"""Access to one device, from asking for it to giving it back.
+
+The client's session is a stream to one coordinator. While it is open the access lives; when it breaks, the
+same request, under the same id, is put to the next coordinator or controller within the access TTL. What this
+module guarantees, and what not:
+
+* The request is one request however often it is put: one id, one outcome.
+* An older answer never replaces a newer one: paths change only towards higher epochs.
+* `lost` is set once the access is over without the client's doing, and no later than one access TTL after
+  anybody was last heard of. It is a courtesy, not the protection: what stops a client whose access is over is
+  the controller, which refuses the old path.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Protocol, Self
+
+import grpc
+import grpc.aio
+
+from leasehold.client import stubs
+from leasehold.client.changes import Change, Ended, Moved, Progress, Revoked
+from leasehold.client.clock import now
+from leasehold.client.endpoints import Endpoints
+from leasehold.client.errors import (
+    AccessLost,
+    BadRequest,
+    LeaseholdError,
+    NoCoordinator,
+    Refused,
+    ServerError,
+    TimedOut,
+)
+from leasehold.v1 import access_pb2, records_pb2
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_TTL = 10.0
+"""Seconds taken for the access TTL until the first answer tells it."""
+LATE = 1.0
+"""Seconds by which the coordinator's word that the wait is over may come late."""
+RELEASE = 5.0
+"""Seconds spent on giving an access back. After that it ends by itself, one access TTL later."""
+
+_HEALTH = "/grpc.health.v1.Health/Check"
+_Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.RequestAccessResponse]
+
+
+class Owner(Protocol):
+    """Whose channels an access uses."""
+
+    endpoints: Endpoints
+    timeout: float
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Access:
+    """One access. Entering waits until it is granted; leaving gives it back.
+
+    Entering raises `TimedOut` when `wait` ran out, `Refused` when it can not be served, `NoCoordinator` when
+    nobody answers, `BadRequest` when it was asked wrongly; the request is then over. Leaving raises
+    `AccessLost` if the access was lost and no other error is under way: what was done under it may be
+    incomplete.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        request: access_pb2.RequestAccessRequest,
+        wait: float | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.lost = asyncio.Event()
+        """Set when the access is over without the client's doing. Stop using the path."""
+        self._owner = owner
+        self._request = request
+        self._wait = wait
+        self._progress = progress
+        self._doing = "no coordinator has answered yet"
+        self._now: access_pb2.Access | None = None
+        self._granted: asyncio.Future[None] | None = None
+        self._session: asyncio.Task[None] | None = None
+        self._changes: asyncio.Queue[Change | None] = asyncio.Queue()
+        self._contact = 0.0
+        self._ttl = 0.0
+        self._ended: LeaseholdError | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the device is reached now, a URI."""
+        return self._access.path
+
+    @property
+    def epoch(self) -> int:
+        """The fencing token: higher than every earlier one of this device."""
+        return self._access.epoch
+
+    @property
+    def controller(self) -> str:
+        """Who serves it."""
+        return self._access.controller
+
+    @property
+    def revision(self) -> int:
+        """The etcd revision at which path, epoch and controller were so."""
+        return self._access.revision
+
+    @property
+    def device(self) -> str:
+        return self._request.spec.device
+
+    @property
+    def request(self) -> str:
+        """The id of the request, for `get requests` and the history."""
+        return self._request.request_id
+
+    async def changes(self) -> AsyncIterator[Change]:
+        """What happens to the access from its grant on, each change once. Ends after `Ended`."""
+        while not (self.lost.is_set() and self._changes.empty()):
+            change = await self._changes.get()
+            if change is None:
+                return
+            yield change
+
+    async def __aenter__(self) -> Self:
+        if self._session is not None:
+            raise RuntimeError("an access is entered once; ask for another")
+        await self._owner.__aenter__()
+        self._granted = asyncio.get_running_loop().create_future()
+        self._session = asyncio.create_task(self._keep(), name=f"access {self.request}")
+        try:
+            limit = None if self._wait is None else self._wait + LATE
+            async with asyncio.timeout(limit):
+                await self._granted
+        except TimeoutError as error:
+            await self._leave(give_back=True)
+            raise TimedOut(
+                f"{self.device} was not granted within {self._wait:g} s: {self._doing}",
+                "WAIT_OVER",
+                {"device": self.device, "request": self.request},
+            ) from error
+        except BaseException as error:
+            await self._leave(give_back=not isinstance(error, LeaseholdError))
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = self._ended
+        await self._leave(give_back=lost is None)
+        if lost is not None and error is None:
+            raise lost
+
+    @property
+    def _access(self) -> access_pb2.Access:
+        if self._now is None:
+            raise RuntimeError("no access yet: enter it first")
+        return self._now
+
+    async def _leave(self, *, give_back: bool) -> None:
+        try:
+            if self._session is not None:
+                self._session.cancel()
+                await asyncio.wait({self._session})
+            self._changes.put_nowait(None)
+            if give_back and self._contact:
+                await self._give_back()
+        finally:
+            await self._owner.__aexit__(None, None, None)
+
+    async def _give_back(self) -> None:
+        """End the request, granted or not. Failing to is no error: without us it ends by itself."""
+        request = access_pb2.ReleaseAccessRequest(request_id=self.request)
+        cancel = access_pb2.CancelAccessRequest(request_id=self.request)
+
+        async def attempt(channel: grpc.aio.Channel, limit: float) -> None:
+            service = stubs.access(channel)
+            if self._now is None:
+                try:
+                    await service.CancelAccess(cancel, timeout=limit)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                        raise
+                    # Granted in the meantime.
+                else:
+                    return
+            await service.ReleaseAccess(request, timeout=limit)
+
+        try:
+            await self._owner.endpoints.ask(attempt, until=now() + RELEASE)
+        except LeaseholdError as error:
+            _log.warning("request %s was not given back and ends by itself: %s", self.request, error)
+
+    async def _keep(self) -> None:
+        """Hold a session open until the request is over. Every end is recorded, none is raised."""
+        try:
+            while True:
+                call, first, address = await self._open()
+                try:
+                    over = self._take(first) or await self._read(call, address)
+                finally:
+                    call.cancel()
+                if over:
+                    return
+                self._owner.endpoints.avoid(address)
+        except LeaseholdError as error:
+            self._end(error)
+
+    async def _open(self) -> tuple[_Stream, access_pb2.RequestAccessResponse, str]:
+        async def attempt(
+            channel: grpc.aio.Channel, limit: float
+        ) -> tuple[_Stream, access_pb2.RequestAccessResponse]:
+            call = stubs.access(channel).RequestAccess(self._request)
+            try:
+                async with asyncio.timeout(limit):
+                    first = await call.read()
+            except BaseException:
+                call.cancel()
+                raise
+            if not isinstance(first, access_pb2.RequestAccessResponse):
+                # The end of the stream, without a word.
+                raise TimeoutError
+            return call, first
+
+        until = self._contact + self._ttl if self._contact else now() + self._owner.timeout
+        try:
+            address, (call, first) = await self._owner.endpoints.ask(attempt, until=until)
+        except (NoCoordinator, ServerError) as error:
+            if self._now is None:
+                raise
+            raise AccessLost(
+                f"access to {self.device} was not kept alive for {self._ttl:g} s: {error.message}",
+                "OUT_OF_REACH",
+                self._about(),
+            ) from error
+        return call, first, address
+
+    async def _read(self, call: _Stream, address: str) -> bool:
+        """Take what the stream brings; True if the request is over, False if the session broke."""
+        reading = asyncio.create_task(self._read_on(call))
+        beating = asyncio.create_task(self._beat(address))
+        try:
+            await asyncio.wait({reading, beating}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.done() and reading.result()
+        finally:
+            reading.cancel()
+            beating.cancel()
+            await asyncio.wait({reading, beating})
+
+    async def _read_on(self, call: _Stream) -> bool:
+        try:
+            async for response in call:
+                if self._take(response):
+                    return True
+        except grpc.aio.AioRpcError as error:
+            _log.info("session of request %s broke: %s", self.request, error.details())
+        return False
+
+    async def _beat(self, address: str) -> None:
+        """Return once the coordinator's event loop no longer answers.
+
+        The stream alone would not show it: HTTP/2 pings are answered below the event loop.
+        """
+        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+        check = self._owner.endpoints.channel(address).unary_unary(_HEALTH)
+        while True:
+            pause = self._ttl / 4
+            await asyncio.sleep(pause)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await _alive(check(b"", timeout=pause))
+                self._contact = now()
+                continue
+            return
+
+    def _take(self, response: access_pb2.RequestAccessResponse) -> bool:
+        """Act on one event; True if the request is over."""
+        self._contact = now()
+        self._ttl = float(response.access_ttl_seconds) or DEFAULT_TTL
+        match response.WhichOneof("event"):
+            case "queued":
+                self._report(Progress(response.queued.reason, position=response.queued.position))
+            case "transferring":
+                event = response.transferring
+                self._report(
+                    Progress(
+                        event.reason, from_controller=event.from_controller, to_controller=event.to_controller
+                    )
+                )
+            case "granted":
+                self._arrive(response.granted)
+            case "moved":
+                self._arrive(response.moved)
+            case "revoked":
+                self._change(Revoked(response.revoked.reason, response.revoked.grace_seconds))
+            case "ended":
+                self._finish(response.ended)
+                return True
+        return False
+
+    def _arrive(self, access: access_pb2.Access) -> None:
+        before = self._now
+        if before is not None and access.epoch <= before.epoch:
+            # The same again from another coordinator, or word from one that lags behind.
+            return
+        self._now = access
+        if before is None:
+            if self._granted is not None and not self._granted.done():
+                self._granted.set_result(None)
+        else:
+            self._change(Moved(access.path, access.epoch, access.controller, access.revision))
+
+    def _finish(self, ended: access_pb2.Ended) -> None:
+        state = records_pb2.RequestState.Name(ended.state).removeprefix("REQUEST_STATE_")
+        message = f"{self.device}: {ended.reason or state.lower()}"
+        if self._now is not None or ended.state == records_pb2.REQUEST_STATE_ENDED:
+            self._end(AccessLost(message, state, self._about()))
+        elif ended.state == records_pb2.REQUEST_STATE_EXPIRED:
+            self._end(TimedOut(message, state, self._about()))
+        else:
+            self._end(Refused(message, state, self._about()))
+
+    def _end(self, error: LeaseholdError) -> None:
+        if self._now is None:
+            if self._granted is not None and not self._granted.done():
+                self._granted.set_exception(error)
+            return
+        self._ended = (
+            error if isinstance(error, AccessLost) else AccessLost(str(error), error.reason, self._about())
+        )
+        unreached = error.reason == "OUT_OF_REACH" or not isinstance(error, AccessLost)
+        self._change(Ended("LOST" if unreached else error.reason, error.message))
+        self.lost.set()
+
+    def _report(self, progress: Progress) -> None:
+        self._doing = progress.reason
+        if self._progress is not None:
+            self._progress(progress)
+
+    def _change(self, change: Change) -> None:
+        if self._now is not None:
+            self._changes.put_nowait(change)
+
+    def _about(self) -> dict[str, str]:
+        about = {"device": self.device, "request": self.request}
+        if self._now is not None:
+            about |= {"holder": self._now.controller, "epoch": str(self._now.epoch)}
+        return about
+
+
+async def _alive(check: Awaitable[bytes]) -> None:
+    """Return if `check` was answered, by whatever status that only a live server can give."""
+    try:
+        await check
+    except grpc.aio.AioRpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise
+
+
+def wait_seconds(wait: float | None) -> int:
+    """The contract's whole seconds for a wait of `wait`; None waits without limit. Raises `BadRequest`."""
+    if wait is None:
+        return 0
+    if not 0 < wait < 1 << 31:
+        raise BadRequest(f"a wait of {wait:g} s is none: it is more than 0, or None for no limit", "BAD_WAIT")
+    return math.ceil(wait)

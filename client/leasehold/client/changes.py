@@ -1,0 +1,46 @@
+"""What may happen to an access while a client uses it, and while it waits for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The request is not granted yet, or its device is on the way to another controller."""
+
+    reason: str
+    """What it waits for, in a sentence."""
+    position: int = 0
+    """Place in the queue, from 1; 0 when it no longer queues."""
+    from_controller: str = ""
+    to_controller: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The device is served under another path. The old one is dead: open the new one."""
+
+    path: str
+    epoch: int
+    controller: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The path is about to be withdrawn; `Moved` or `Ended` follows."""
+
+    reason: str
+    grace: int
+    """Seconds the client still has; 0 means that the path is gone already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The access is over; the last change there is."""
+
+    state: str
+    """How it ended: a RequestState without its prefix, or LOST when nobody could be reached in time."""
+    reason: str
+
+
+Change = Moved | Revoked | Ended

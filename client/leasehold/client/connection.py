@@ -1,0 +1,234 @@
+"""What `connect` returns: access to devices, and everything that is known of them."""
+
+import getpass
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from leasehold.client import stubs
+from leasehold.client.access import Access, wait_seconds
+from leasehold.client.changes import Progress
+from leasehold.client.clock import now
+from leasehold.client.endpoints import Endpoints
+from leasehold.client.errors import TimedOut
+from leasehold.v1 import (
+    access_pb2,
+    controllers_pb2,
+    devices_pb2,
+    history_pb2,
+    records_pb2,
+)
+
+_PAGE = 500
+
+
+def connect(*endpoints: str, timeout: float = 10.0) -> "Leasehold":
+    """Leasehold as seen through `endpoints`, each host:port of a coordinator or a controller.
+
+    Without any, those in LEASEHOLD_COORDINATORS, separated by commas. Nothing is sent yet. `timeout` is how
+    long, in seconds, somebody may take to answer a call. Raises `BadRequest` for an address that is none.
+    """
+    return Leasehold(endpoints, timeout)
+
+
+class Leasehold:
+    """See `connect`. Entering it keeps its connections open between calls.
+
+    Every call raises `NoCoordinator` if nobody answers within the time-out, and otherwise what the tree in
+    `leasehold.client.errors` says. What a call returns is the message of the public contract,
+    `leasehold.v1`.
+    """
+
+    def __init__(self, endpoints: Sequence[str], timeout: float) -> None:
+        self.endpoints = Endpoints(endpoints)
+        self.timeout = timeout
+        self._users = 0
+
+    async def __aenter__(self) -> Self:
+        self._users += 1
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._users -= 1
+        if not self._users:
+            await self.endpoints.close()
+
+    def access(
+        self,
+        device: str,
+        *,
+        priority: int | None = None,
+        controller: str = "",
+        wait: float | None = None,
+        client: str = "",
+        request: str = "",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Access:
+        """Access to `device`, granted once the result is entered.
+
+        priority: 0 to 100, higher goes first; None means 50.
+        controller: the only one to be served by; empty means any.
+        wait: seconds to wait at most; None waits without limit.
+        client: who asks, for the history and for people; by default user@host.
+        request: its id, by which a later process finds the same request again; by default a new one.
+        progress: called with the reason of every wait, from the event loop.
+        """
+        spec = access_pb2.AccessSpec(
+            device=device,
+            client=client or default_client(),
+            mode=records_pb2.ACCESS_MODE_EXCLUSIVE,
+            controller=controller,
+            wait_seconds=wait_seconds(wait),
+        )
+        if priority is not None:
+            spec.priority = priority
+        asked = access_pb2.RequestAccessRequest(request_id=request or secrets.token_hex(8), spec=spec)
+        return Access(self, asked, wait, progress)
+
+    async def devices(self) -> list[devices_pb2.DeviceStatus]:
+        """All devices, by id, and who holds them."""
+        request = devices_pb2.ListDevicesRequest(page_size=_PAGE)
+        return await self._all(stubs.devices, "ListDevices", request, "statuses")
+
+    async def device(self, device: str) -> devices_pb2.DeviceStatus:
+        """One device. Raises `NotFound`."""
+        request = devices_pb2.GetDeviceRequest(device=device)
+        answer: devices_pb2.GetDeviceResponse = await self._ask(stubs.devices, "GetDevice", request)
+        return answer.status
+
+    async def create_device(
+        self,
+        device: str,
+        driver: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        controllers: Sequence[str] = (),
+        ttl: int = 0,
+        strict: bool = False,
+    ) -> devices_pb2.DeviceStatus:
+        """Make `device` known; the same once more is accepted. Raises `Conflict` if the id is taken.
+
+        controllers: those that may hold it, most preferred first; none means any that has the driver.
+        ttl: seconds its holder's lease lives; 0 means the default.
+        strict: a takeover waits a whole TTL longer.
+        """
+        spec = records_pb2.Device(
+            version=1,
+            device=device,
+            driver=driver,
+            parameters=dict(parameters or {}),
+            controllers=controllers,
+            ttl_seconds=ttl,
+            takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
+        )
+        request = devices_pb2.CreateDeviceRequest(device=spec)
+        answer: devices_pb2.CreateDeviceResponse = await self._ask(stubs.devices, "CreateDevice", request)
+        return answer.status
+
+    async def delete_device(self, device: str) -> None:
+        """Forget a device. Raises `Refused` while it is held, unreleased or asked for."""
+        request = devices_pb2.DeleteDeviceRequest(device=device)
+        await self._ask(stubs.devices, "DeleteDevice", request)
+
+    async def transfer(
+        self, device: str, controller: str, *, reason: str = "", timeout: float = 60.0
+    ) -> devices_pb2.DeviceStatus:
+        """Direct the holder of `device` to pass it to `controller`; returns once that one serves it.
+
+        Raises `TimedOut` after `timeout` seconds; the transfer may then still be under way.
+        """
+        request = devices_pb2.TransferDeviceRequest(device=device, controller=controller, reason=reason)
+        until = now() + timeout
+
+        async def attempt(channel: grpc.aio.Channel, limit: float) -> devices_pb2.TransferDeviceResponse:
+            try:
+                return await stubs.devices(channel).TransferDevice(request, timeout=limit)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise TimedOut(
+                        f"{device} was not served by {controller} within {timeout:g} s",
+                        "TRANSFER",
+                        {"device": device},
+                    ) from error
+                raise
+
+        async with self:
+            _, answer = await self.endpoints.ask(attempt, until=until, answer=timeout)
+        return answer.status
+
+    async def controllers(self) -> list[controllers_pb2.ControllerStatus]:
+        """All controllers that are registered, by name, and what they hold."""
+        request = controllers_pb2.ListControllersRequest(page_size=_PAGE)
+        return await self._all(stubs.controllers, "ListControllers", request, "statuses")
+
+    async def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
+        """Access requests in the order of their arrival, for one device or all; `ended` ones too."""
+        request = access_pb2.ListAccessRequest(device=device, ended=ended, page_size=_PAGE)
+        return await self._all(stubs.access, "ListAccess", request, "statuses")
+
+    async def request(self, request: str) -> access_pb2.AccessStatus:
+        """One request, by its id. Raises `NotFound`."""
+        answer: access_pb2.GetAccessResponse = await self._ask(
+            stubs.access, "GetAccess", access_pb2.GetAccessRequest(request_id=request)
+        )
+        return answer.status
+
+    async def cancel(self, request: str) -> access_pb2.AccessStatus:
+        """Take a waiting request back. Raises `Refused` once it is granted."""
+        answer: access_pb2.CancelAccessResponse = await self._ask(
+            stubs.access,
+            "CancelAccess",
+            access_pb2.CancelAccessRequest(request_id=request),
+        )
+        return answer.status
+
+    async def release(self, request: str) -> access_pb2.AccessStatus:
+        """End an access that another process asked for. Done twice, it is done once."""
+        answer: access_pb2.ReleaseAccessResponse = await self._ask(
+            stubs.access,
+            "ReleaseAccess",
+            access_pb2.ReleaseAccessRequest(request_id=request),
+        )
+        return answer.status
+
+    async def history(self, device: str = "") -> list[history_pb2.RecordedChange]:
+        """Control changes, by device and number."""
+        request = history_pb2.ListControlChangesRequest(device=device, page_size=_PAGE)
+        return await self._all(stubs.history, "ListControlChanges", request, "changes")
+
+    async def _ask(self, service: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
+        async def attempt(channel: grpc.aio.Channel, limit: float) -> Any:
+            return await getattr(service(channel), method)(request, timeout=limit)
+
+        async with self:
+            return (await self.endpoints.ask(attempt, until=now() + self.timeout))[1]
+
+    async def _all(
+        self, service: Callable[[grpc.aio.Channel], Any], method: str, request: Any, field: str
+    ) -> list[Any]:
+        found: list[Any] = []
+        async with self:
+            while True:
+                answer = await self._ask(service, method, request)
+                found.extend(getattr(answer, field))
+                if not answer.next_page_token:
+                    return found
+                request.page_token = answer.next_page_token
+
+
+def default_client() -> str:
+    """Who this process is, for the history: user@host."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A user id without a name, as containers often have.
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

@@ -1,0 +1,134 @@
+"""The coordinators and controllers a client knows, and how it finds one that answers.
+
+Any of them answers any call, so a call that fails for want of an answer is put to the next. The order is the
+caller's; whoever answered last is asked first the next time.
+"""
+
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from leasehold.client.clock import now
+from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError, from_rpc
+
+T = TypeVar("T")
+
+VARIABLE = "LEASEHOLD_COORDINATORS"
+ANSWER = 3.0
+"""Seconds a coordinator has to answer before the next one is asked. An answer takes a few commits in etcd; a
+new leader there, which is the slowest that is still healthy, takes 1 to 2 s."""
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    # The least interval that a server with gRPC's defaults for this project accepts is 4 s.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 2_500),
+    ("grpc.http2.ping_timeout_ms", 2_500),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A coordinator that restarts should be found again well within an access TTL.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+
+
+def addresses(given: Sequence[str]) -> tuple[str, ...]:
+    """The addresses to ask: `given`, or else those in LEASEHOLD_COORDINATORS, separated by commas.
+
+    Raises `BadRequest` if there is none or one is not host:port.
+    """
+    texts = given or (os.environ.get(VARIABLE, ""),)
+    found = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if not found:
+        raise BadRequest(f"no coordinator is named: give host:port, or set {VARIABLE}", "NO_ENDPOINT")
+    for address in found:
+        if not _ADDRESS.fullmatch(address):
+            raise BadRequest(f"{address!r} is not host:port", "BAD_ENDPOINT")
+    return tuple(dict.fromkeys(found))
+
+
+class Endpoints:
+    """One channel per address, opened when first used."""
+
+    def __init__(self, given: Sequence[str]) -> None:
+        self.addresses = addresses(given)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._first = 0
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+        return self._channels[address]
+
+    def avoid(self, address: str) -> None:
+        """Ask the one after `address` first from now on."""
+        self._first = (self.addresses.index(address) + 1) % len(self.addresses)
+
+    async def ask(
+        self,
+        attempt: Callable[[grpc.aio.Channel, float], Awaitable[T]],
+        *,
+        until: float,
+        answer: float = ANSWER,
+    ) -> tuple[str, T]:
+        """What `attempt` returns for the first channel on which it succeeds, and that channel's address.
+
+        It is called with a channel and the seconds it may take, at most `answer`, again and again until
+        `until` (of `clock.now`). It must therefore be harmless to repeat. Raises `NoCoordinator` or `Busy`
+        if nobody answered by then, and any other answer as the error it stands for.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type((NoCoordinator, Busy)),
+            stop=_before(until),
+            wait=wait_random_exponential(multiplier=0.05, max=1.0),
+            reraise=True,
+        )
+        return await retrying(self._round, attempt, until, answer)
+
+    async def close(self) -> None:
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close()
+
+    async def _round(
+        self, attempt: Callable[[grpc.aio.Channel, float], Awaitable[T]], until: float, answer: float
+    ) -> tuple[str, T]:
+        failures: dict[str, LeaseholdError] = {}
+        first = self._first
+        for address in self.addresses[first:] + self.addresses[:first]:
+            limit = min(answer, max(until - now(), 0.05))
+            try:
+                result = await attempt(self.channel(address), limit)
+            except TimeoutError:
+                failures[address] = NoCoordinator(f"no answer within {limit:.1f} s")
+            except grpc.aio.AioRpcError as error:
+                failure = await from_rpc(error)
+                if not isinstance(failure, NoCoordinator | Busy | ServerError):
+                    raise failure from error
+                failures[address] = failure
+            else:
+                self._first = self.addresses.index(address)
+                return address, result
+        raise _summary(failures)
+
+
+def _before(until: float) -> Callable[[RetryCallState], bool]:
+    return lambda state: now() + state.upcoming_sleep >= until
+
+
+def _summary(failures: dict[str, LeaseholdError]) -> LeaseholdError:
+    """One error for a round in which nobody helped: the one that tells most."""
+    told = "; ".join(f"{address}: {failure.message}" for address, failure in failures.items())
+    for kind in (ServerError, Busy):
+        for failure in failures.values():
+            if isinstance(failure, kind):
+                return kind(told, failure.reason, failure.metadata)
+    reasons = {failure.reason for failure in failures.values()}
+    return NoCoordinator(told, reasons.pop() if len(reasons) == 1 else "")

@@ -1,0 +1,82 @@
+"""What the configuration file of a controller says."""
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+from leasehold.controller.timing import Timing
+from leasehold.runtime.config import EtcdSettings
+from leasehold.store.keys import Keys
+from leasehold.store.records import ControllerId, check_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """The `[data]` table: where and by how many workers devices are served to clients."""
+
+    listen_host: str = "127.0.0.1"
+    host: str = ""
+    """The name or address in the paths that clients get; empty for `listen_host`."""
+    base_port: int = 0
+    """Port of the first worker, each next has the next; 0 for any that are free."""
+    workers: int = 2
+    gate_dir: Path = Path("/dev/shm")  # noqa: S108 - memory that no disk can stall; the file is 0600
+    slots: int = 4096
+    """How many devices can be held at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base_port <= 65535 - self.workers:
+            raise ValueError(f"base_port {self.base_port} leaves no room for {self.workers} workers")
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, but somebody has to serve")
+
+    @property
+    def advertised(self) -> str:
+        return self.host or self.listen_host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """The whole file.
+
+    `name` is the controller's name in the cluster; a host that is rebuilt keeps it only with its state
+    directory. `advertise` is where others reach the API, host:port; empty for the address listened on.
+    """
+
+    name: str
+    state_dir: Path
+    listen: str = "127.0.0.1:0"
+    advertise: str = ""
+    session_ttl: int = 10
+    drain_seconds: float = 5.0
+    log_level: str = "INFO"
+    drivers: tuple[str, ...] = ("nbd",)
+    etcd: EtcdSettings = field(default_factory=EtcdSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def __post_init__(self) -> None:
+        check_id("controller", self.name)
+        if not self.drivers:
+            raise ValueError("drivers is empty: this controller could hold nothing")
+        if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ValueError(f"log_level {self.log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
+        # Built here so that unsafe times are refused with the rest of the file.
+        _ = self.timing
+
+    @property
+    def controller(self) -> ControllerId:
+        return ControllerId(self.name)
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.etcd.prefix)
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(session_ttl=self.session_ttl, drain=self.drain_seconds)
+
+    @property
+    def gate_file(self) -> Path:
+        """One per state directory, as the lock on it is."""
+        mark = blake2b(str(self.state_dir.resolve()).encode(), digest_size=6).hexdigest()
+        return self.data.gate_dir / f"leasehold-{self.name}-{mark}.gate"

@@ -1,0 +1,131 @@
+"""The `nbd` driver: an image file or block device, served by our own NBD server.
+
+Parameters of a device's spec:
+
+``backing``  absolute path of the image file or block device, the same on every eligible controller or a
+             link to the same device.
+
+Path: ``nbd://host:port/<device>-<epoch>``. Fence: `gate`. Every read and write is checked against the
+hold's epoch and deadline before it touches the backing, which excludes failures of processes and networks,
+not of a host that freezes in the middle of a write.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+from leasehold.controller.driver import (
+    Activation,
+    ActivationFailed,
+    BadParameters,
+    DriverContext,
+    DriverError,
+    FenceKind,
+    NotProved,
+)
+from leasehold.controller.nbd.channel import ChannelError
+from leasehold.controller.nbd.pool import ExportFailed, ExportSpec, Unproved, WorkerPool
+from leasehold.controller.nbd.recovery import WorkerAlive, prove_workers_gone
+
+_RECOVERY_SECONDS = 10.0
+_PATH_MAX = 4095
+
+
+class NbdDriver:
+    """See the module, and Driver for what each verb promises."""
+
+    name = "nbd"
+    fence_kind = FenceKind.GATE
+
+    def __init__(self, context: DriverContext) -> None:
+        self._context = context
+        self.pool = WorkerPool(
+            context.gate,
+            context.state_dir,
+            listen_host=context.listen_host,
+            base_port=context.base_port,
+            workers=context.workers,
+            on_unhealthy=context.on_unhealthy,
+        )
+
+    async def start(self) -> None:
+        try:
+            await prove_workers_gone(self._context.state_dir, _RECOVERY_SECONDS)
+            await self.pool.start()
+        except (WorkerAlive, ChannelError, OSError) as error:
+            raise DriverError("", 0, f"the NBD workers cannot be started: {error}") from error
+
+    async def stop(self) -> None:
+        await self.pool.stop()
+
+    async def check(self, parameters: Mapping[str, str]) -> None:
+        """The form only. Whether the backing is there differs by host: see `probe`."""
+        for field in parameters:
+            if field != "backing":
+                raise BadParameters(field, "is unknown to the nbd driver")
+        _backing(parameters)
+
+    async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
+        try:
+            return await self.pool.examine(device, _backing(parameters))
+        except BadParameters as error:
+            return error.reason
+
+    async def prepare(self, activation: Activation) -> None:
+        spec = _spec(activation)
+        try:
+            await self.pool.export(spec)
+        except ExportFailed as error:
+            raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
+
+    async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
+        """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
+
+    async def activate(self, activation: Activation) -> str:
+        spec = _spec(activation)
+        try:
+            # Again, in case the worker has died since `prepare`.
+            await self.pool.export(spec)
+            await self.pool.open(spec)
+            port = self.pool.port(spec.device)
+        except ExportFailed as error:
+            raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
+        host = self._context.data_host
+        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(spec.name, safe='')}"
+
+    async def verify(self, activation: Activation) -> str | None:
+        return await self.pool.status(_spec(activation))
+
+    async def deactivate(self, activation: Activation, *, drain: float) -> None:
+        try:
+            await self.pool.withdraw(_spec(activation), drain)
+        except Unproved as error:
+            raise NotProved(activation.device, activation.epoch, str(error)) from error
+
+
+def _spec(activation: Activation) -> ExportSpec:
+    return ExportSpec(
+        device=activation.device,
+        epoch=activation.epoch,
+        backing=_backing(activation.parameters, activation),
+        slot=activation.slot,
+        read_only=activation.read_only,
+    )
+
+
+def _backing(parameters: Mapping[str, str], activation: Activation | None = None) -> str:
+    path = parameters.get("backing", "")
+    reason = None
+    if not path:
+        reason = "is required"
+    elif not path.startswith("/") or os.path.normpath(path) != path or path.startswith("//"):
+        reason = "must be an absolute path without '.', '..' or doubled slashes"
+    elif not path.isprintable() or len(path.encode()) > _PATH_MAX:
+        reason = "must be printable and no longer than a path can be"
+    if reason is None:
+        return path
+    if activation is None:
+        raise BadParameters("backing", reason)
+    raise BadParameters("backing", reason, device=activation.device, epoch=activation.epoch)

@@ -1,0 +1,228 @@
+"""The file or block device behind an export, and what Linux calls its operations.
+
+An image file is opened without any lock: qemu's tools, and other hosts, have their own ideas of
+locking it, and what keeps others off is the hold. A block device is opened O_EXCL, which the kernel
+grants to one user of the whole host; mounts, device mapper and md count as users.
+
+Writes go through the page cache. What was accepted before a gate shut may therefore reach the device
+a little after it: writeback is started early so that little is left, and `sync` ends it. A hold is over
+only when `sync` has succeeded and the descriptor is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable
+
+_KEEP_SIZE = 1
+_PUNCH_HOLE = 2
+_ZERO_RANGE = 16
+_BLKDISCARD = 0x1277
+_BLKSSZGET = 0x1268
+_SYNC_FILE_RANGE_WRITE = 2
+
+_PIECE = 256 << 20
+"""Longest range given to one system call, so that a gate that shuts is noticed in between."""
+
+_PUSH_EVERY = 16 << 20
+"""Bytes accepted before their writeback is started. It bounds what a sync at the end has to wait for."""
+
+_ZEROES = bytes(1 << 20)
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOTTY})
+GONE = frozenset({errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOTDIR})
+"""Errors of an open that say there is nothing at that path through which to write."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+Guard = Callable[[], None]
+
+
+class Backing:
+    """An open image file or block device. `size` in bytes is what it was at the open.
+
+    Methods raise OSError. `guard` is called before each system call that touches the data, and raises
+    to stop a long operation half-way.
+    """
+
+    __slots__ = ("_block", "_granule", "_unpushed", "failure", "fd", "path", "size")
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        """Raises OSError; EBUSY if another user on this host has the block device."""
+        kind = os.stat(path).st_mode
+        self._block = stat.S_ISBLK(kind)
+        if not self._block and not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        # O_NONBLOCK: were a FIFO put in its place meanwhile, the open must not wait for a writer.
+        self.fd = os.open(path, flags | os.O_NONBLOCK | (os.O_EXCL if self._block else 0))
+        try:
+            if stat.S_IFMT(os.fstat(self.fd).st_mode) != stat.S_IFMT(kind):
+                raise OSError(errno.EINVAL, "was replaced while it was opened", path)
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            if self.size == 0:
+                raise OSError(errno.EINVAL, "is empty", path)
+            self._granule = _logical_block(self.fd) if self._block else 1
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.path = path
+        self.failure: str | None = None
+        self._unpushed = 0
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view`. A file that has become shorter is an EIO, never invented zeroes."""
+        got = 0
+        while got < len(view):
+            count = os.preadv(self.fd, [view[got:]], offset + got)
+            if count == 0:
+                raise OSError(errno.EIO, "shorter than it was", self.path)
+            got += count
+
+    def write(self, view: memoryview, offset: int, *, durable: bool = False) -> None:
+        flags = os.RWF_DSYNC if durable else 0
+        done = os.pwritev(self.fd, [view], offset, flags) if durable else os.pwrite(self.fd, view, offset)
+        while done < len(view):
+            done += os.pwritev(self.fd, [view[done:]], offset + done, flags)
+        # Threads may race here and lose a count, which only moves the next push.
+        self._unpushed += done
+        if self._unpushed >= _PUSH_EVERY:
+            self._unpushed = 0
+            _libc.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+    def sync(self) -> None:
+        """Make everything accepted so far durable.
+
+        Linux reports a failed writeback once and then calls the pages clean. So a failure stays: from
+        then on every sync of this opening fails, and no later one calls lost data safe.
+        """
+        if self.failure is not None:
+            raise OSError(errno.EIO, self.failure, self.path)
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self.failure = f"writing back failed: {error.strerror}"
+            raise
+
+    def trim(self, offset: int, length: int, guard: Guard) -> None:
+        """Give the range back if that is possible. Only whole sectors of a block device are."""
+        start = -(-offset // self._granule) * self._granule
+        end = (offset + length) // self._granule * self._granule
+        for at, count in _pieces(start, end, _PIECE):
+            guard()
+            try:
+                if self._block:
+                    fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("=QQ", at, count))
+                else:
+                    self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, at, count)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                return
+
+    def zero(self, offset: int, length: int, guard: Guard, *, punch: bool, fast: bool) -> None:
+        """Make the range read as zeroes. With `fast`, EOPNOTSUPP at once if that means writing them.
+
+        `punch` allows holes.
+        """
+        start = min(-(-offset // self._granule) * self._granule, offset + length)
+        end = max((offset + length) // self._granule * self._granule, start)
+        self._write_zeroes(offset, start, guard)
+        for at, count in _pieces(start, end, _PIECE):
+            guard()
+            if not self._zero_quickly(at, count, punch=punch, fast=fast):
+                if fast:
+                    raise OSError(errno.EOPNOTSUPP, "zeroes would have to be written", self.path)
+                self._write_zeroes(at, at + count, guard)
+        self._write_zeroes(end, offset + length, guard)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def prove_unused(self) -> None:
+        """After `close`: raise OSError (EBUSY) if anything on this host still uses the block device."""
+        if self._block:
+            os.close(os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK))
+
+    def _zero_quickly(self, offset: int, length: int, *, punch: bool, fast: bool) -> bool:
+        # A block device's ZERO_RANGE falls back to writing inside the kernel, so it is never "fast".
+        modes = [_PUNCH_HOLE] if punch else []
+        if not (fast and self._block):
+            modes.append(_ZERO_RANGE)
+        for mode in modes:
+            try:
+                self._fallocate(mode | _KEEP_SIZE, offset, length)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            else:
+                return True
+        return False
+
+    def _write_zeroes(self, start: int, end: int, guard: Guard) -> None:
+        zeroes = memoryview(_ZEROES)
+        for at, count in _pieces(start, end, len(zeroes)):
+            guard()
+            self.write(zeroes[:count], at)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        while _libc.fallocate(self.fd, mode, offset, length) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code), self.path)
+
+
+def examine(path: str) -> str | None:
+    """None if `path` could be served, else why not. Opens for reading only and takes nothing."""
+    try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            return f"{path} is neither a regular file nor a block device"
+        if not os.access(path, os.R_OK | os.W_OK):
+            return f"{path} may not be read and written"
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if os.lseek(fd, 0, os.SEEK_END) == 0:
+                return f"{path} is empty"
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
+
+
+def settle(path: str, *, alone: bool) -> None:
+    """Prove that nothing a dead process wrote to `path` is still to come. Raises OSError.
+
+    Its descriptors are closed by its death; its dirty pages are not written by it. With `alone`, a block
+    device must also grant the exclusive open that says nobody on this host uses it.
+    """
+    try:
+        kind = os.stat(path).st_mode
+        block = stat.S_ISBLK(kind)
+        if not block and not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+        fd = os.open(path, os.O_NONBLOCK | (os.O_RDWR | os.O_EXCL if block and alone else os.O_RDONLY))
+    except OSError as error:
+        if error.errno in GONE:
+            return
+        raise
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _logical_block(fd: int) -> int:
+    answer = fcntl.ioctl(fd, _BLKSSZGET, bytes(4))
+    return int(struct.unpack("=i", answer)[0])
+
+
+def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    return [(at, min(most, end - at)) for at in range(start, end, most)]

@@ -1,0 +1,40 @@
+"""The control channel between the controller and a worker: JSON, one object a line.
+
+A request is `{"id": 7, "verb": "export", ...}`; its answer `{"id": 7, "ok": true, ...}` or
+`{"id": 7, "ok": false, "error": "..."}`. A worker says `{"event": "ready"}` once. Verbs that name the same
+export are carried out in the order they were sent, so a withdraw outlasts an export that was given up;
+otherwise answers come in any order.
+
+=========  ===========================================  ======================================================
+verb       fields                                       ok means
+=========  ===========================================  ======================================================
+export     name, backing, slot, epoch, read_only        the backing is open; nobody is let in yet
+open       name                                         the device answered, and clients are let in
+withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
+status     name                                         `failure` says what ails the export, if anything
+examine    backing                                      `failure` says why it cannot be served, if it cannot
+=========  ===========================================  ======================================================
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+MAX_LINE = 64 << 10
+"""Bytes of a line. The longest carries a path."""
+
+
+def encode(message: Message) -> bytes:
+    """One line of the channel."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message of one line. Raises ValueError if it is none."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message

@@ -1,0 +1,264 @@
+"""The NBD worker: a process of its own that moves the data of many devices.
+
+It is a fresh interpreter with blocking threads. It shares no GIL with the controller, loads neither
+asyncio nor gRPC, and SIGKILL of it is a fence that leaves the controller alive to report it.
+
+It lives no longer than the controller: the kernel kills it when its parent dies, and the end of the
+control channel ends it too. For its whole life it holds the lock of `worker-<n>.lock`, so whoever gets
+that lock knows that it is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from leasehold.controller.gate import Gate, GateError
+from leasehold.controller.nbd import messages
+from leasehold.controller.nbd.backing import Backing, examine
+from leasehold.controller.nbd.connection import Connection
+from leasehold.controller.nbd.export import Export, Refused, State
+from leasehold.controller.nbd.locks import hold_lock
+from leasehold.controller.nbd.messages import Message
+
+MAX_CONNECTIONS = 512
+"""Per worker. Each costs a thread and, once it moves data, its buffer."""
+
+_ORDERED = frozenset({"export", "open", "withdraw"})
+_STACK = 512 << 10
+_SHORTEST_WATCH = 0.05
+_LONGEST_WATCH = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the controller tells a worker on its command line, as JSON. Descriptors are inherited."""
+
+    index: int
+    gate: str
+    state_dir: str
+    listen_fd: int
+    control_fd: int
+    parent: int
+
+
+class Worker:
+    """The exports of this process and the verbs of the control channel."""
+
+    def __init__(self, config: Config) -> None:
+        self._gate = Gate.attach(Path(config.gate))
+        self._listener = socket.socket(fileno=config.listen_fd)
+        self._control = socket.socket(fileno=config.control_fd)
+        self._sending = threading.Lock()
+        self._changing = threading.Lock()
+        self._exports: dict[str, Export] = {}
+        self._latest: dict[str, threading.Thread] = {}
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._verbs = {
+            "export": self._export,
+            "open": self._open,
+            "withdraw": self._withdraw,
+            "status": self._status,
+            "examine": self._examine,
+        }
+
+    def run(self) -> None:
+        """Serve until the control channel ends. Never returns."""
+        for loop in (self._accept, self._watch):
+            threading.Thread(target=self._or_die, args=(loop,), daemon=True).start()
+        self._send({"event": "ready"})
+        with self._control.makefile("rb") as lines:
+            for line in lines:
+                self._dispatch(messages.decode(line))
+        os._exit(0)
+
+    def find(self, name: str) -> Export | None:
+        return self._exports.get(name)
+
+    def serving(self) -> list[Export]:
+        return [export for export in list(self._exports.values()) if export.serving]
+
+    def _dispatch(self, message: Message) -> None:
+        """A thread each: one device that hangs must not keep the others from their verbs.
+
+        But an export's own verbs go in order: the controller may give up on an `export` that hangs, and
+        the `withdraw` that follows must not be answered before it.
+        """
+        name = message["name"] if message["verb"] in _ORDERED else None
+        before = self._latest.get(name) if name is not None else None
+        thread = threading.Thread(target=self._answer, args=(message, before), daemon=True)
+        if name is not None:
+            self._latest[name] = thread
+            for done in [key for key, other in self._latest.items() if not other.is_alive() and key != name]:
+                del self._latest[done]
+        thread.start()
+
+    def _answer(self, message: Message, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        try:
+            answer = {"ok": True, **self._verbs[message["verb"]](message)}
+        except OSError as error:
+            answer = {"ok": False, "error": error.strerror or str(error)}
+        except Refused as error:
+            answer = {"ok": False, "error": str(error)}
+        except (KeyError, TypeError, ValueError, GateError) as error:
+            answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
+        self._send({"id": message["id"], **answer})
+
+    def _export(self, message: Message) -> Message:
+        name, slot, epoch = str(message["name"]), int(message["slot"]), int(message["epoch"])
+        read_only = bool(message["read_only"])
+        if self._known(name, message):
+            return {}
+        # Opened outside the lock, because an open may hang; and so perhaps twice.
+        backing = Backing(str(message["backing"]), read_only=read_only)
+        export = Export(name, backing, self._gate, slot, epoch, read_only=read_only)
+        with self._changing:
+            if name not in self._exports:
+                self._exports[name] = export
+                return {}
+        backing.close()
+        return {}
+
+    def _known(self, name: str, message: Message) -> bool:
+        export = self._exports.get(name)
+        if export is None:
+            return False
+        same = (export.backing.path, export.slot, export.epoch, export.read_only) == (
+            message["backing"],
+            message["slot"],
+            message["epoch"],
+            message["read_only"],
+        )
+        if not same or export.state not in (State.PREPARED, State.OPEN):
+            raise OSError(errno.EEXIST, f"{name} is exported otherwise, or being withdrawn")
+        return True
+
+    def _open(self, message: Message) -> Message:
+        export = self._exports.get(message["name"])
+        if export is None:
+            raise Refused(f"{message['name']} is not exported")
+        export.open()
+        return {}
+
+    def _withdraw(self, message: Message) -> Message:
+        export = self._exports.get(message["name"])
+        if export is None:
+            return {"known": False}
+        try:
+            export.withdraw(float(message["drain"]))
+        finally:
+            with self._changing:
+                if self._exports.get(export.name) is export:
+                    del self._exports[export.name]
+        return {"known": True}
+
+    def _status(self, message: Message) -> Message:
+        export = self._exports.get(message["name"])
+        if export is None:
+            return {"failure": "it is not exported"}
+        failure = export.backing.failure
+        if failure is None and export.state is not State.OPEN:
+            failure = f"its export is {export.state.name.lower()}"
+        return {"failure": failure, "connections": export.connections}
+
+    def _examine(self, message: Message) -> Message:
+        return {"failure": examine(str(message["backing"]))}
+
+    def _send(self, message: Message) -> None:
+        # OSError: the controller is gone, and the reader of the channel is about to end this process.
+        with self._sending, contextlib.suppress(OSError):
+            self._control.sendall(messages.encode(message))
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    # The client waits in the backlog; trying again at once would only spin.
+                    time.sleep(_SHORTEST_WATCH)
+                    continue
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                raise
+            if not self._connections.acquire(blocking=False):
+                sock.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            except RuntimeError:
+                # No thread to be had: this client is turned away, the others are not hurt.
+                self._connections.release()
+                sock.close()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            Connection(sock, self).run()
+        finally:
+            self._connections.release()
+
+    def _watch(self) -> None:
+        """End what has passed its deadline, also if nobody makes a request that would notice.
+
+        The deadlines are read from the gate; they move on without a word, so this wakes at the earliest
+        that it saw, and looks again.
+        """
+        while True:
+            soonest = _LONGEST_WATCH
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            for export in list(self._exports.values()):
+                if export.expired:
+                    threading.Thread(target=export.end_if_expired, daemon=True).start()
+                elif export.serving:
+                    soonest = min(soonest, (export.deadline() - now) / 1e9)
+            time.sleep(max(soonest, _SHORTEST_WATCH))
+
+    @staticmethod
+    def _or_die(loop: Callable[[], None]) -> None:
+        """A worker that no longer accepts or watches is better dead: its death is seen and repaired."""
+        try:
+            loop()
+        finally:
+            os._exit(70)
+
+
+def main() -> None:
+    """Entry of the process: `python -m leasehold.controller.nbd.worker CONFIG`."""
+    config = Config(**json.loads(sys.argv[1]))
+    _die_with_parent(config.parent)
+    # The controller drains and withdraws on these; a signal to the whole group must not forestall it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.stack_size(_STACK)
+    # The descriptor is never closed: the lock lasts until the process ends.
+    hold_lock(Path(config.state_dir), config.index)
+    for fd in (config.listen_fd, config.control_fd):
+        os.set_inheritable(fd, False)
+    Worker(config).run()
+
+
+def _die_with_parent(parent: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    # It may have died before the line above.
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

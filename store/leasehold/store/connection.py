@@ -1,0 +1,401 @@
+"""The way to etcd: one channel per endpoint, a deadline on every call, and failover between endpoints.
+
+A connection stays with the endpoint that works and moves to the next when that one fails. What may be repeated
+without harm (`Connection.read`) is retried elsewhere until the caller's deadline. A write (`Connection.write`)
+is retried only while it is certain that it was never sent; after that the caller gets `OutcomeUnknown`.
+
+HTTP/2 pings are answered by a server whose process does nothing else any more, and a stopped process is not
+noticed by the kernel at all. So a member is given up by what it fails to answer: a read after `ATTEMPT`; a write
+when the member does not even answer `Status`, which needs neither quorum nor disk, within `ATTEMPT` after the
+write has been out for as long. A slow commit on a live member is waited for.
+"""
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_before_delay
+
+from leasehold.etcd.v3 import kv_pb2, maintenance_pb2
+from leasehold.store.errors import (
+    ClusterMismatch,
+    OutcomeUnknown,
+    StoreError,
+    Unavailable,
+    Unreachable,
+    from_rpc,
+)
+
+ATTEMPT = 1.0
+"""Seconds that an unresponsive member may cost one call. An election takes about as long."""
+
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # etcd closes connections that are pinged more often than every 5 s, or while no call is open.
+    ("grpc.keepalive_time_ms", 6_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # Also the time that an attempt to connect may take: a stopped process still accepts TCP connections.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A snapshot of a large installation comes in one reply; 4 MiB is the default.
+    ("grpc.max_receive_message_length", 256 * 1024 * 1024),
+    # Channels of one process share their TCP connections otherwise, and so their fate.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.service_config_disable_resolution", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+_LEADER = (("hasleader", "true"),)
+"""Asks a member that knows no leader to refuse at once, instead of waiting for one."""
+
+
+class Reply(Protocol):
+    """Every reply of etcd opens with this header."""
+
+    @property
+    def header(self) -> kv_pb2.ResponseHeader: ...
+
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Reply)
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[Q, R]):
+    """A method of etcd. `leader`: a member that knows no leader is of no use for it."""
+
+    path: str
+    request: type[Q]
+    reply: type[R]
+    leader: bool = True
+
+
+STATUS = Method(
+    "/etcdserverpb.Maintenance/Status",
+    maintenance_pb2.StatusRequest,
+    maintenance_pb2.StatusResponse,
+    leader=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdConfig:
+    """Where etcd is. `timeout` is the deadline in seconds of a call that names none.
+
+    Endpoints are `http://host:port` or `https://host:port`, all of one kind. The files are PEM and only for
+    https: without `ca_file` the system's authorities count; `cert_file` and `key_file` go together. Raises
+    `ValueError`.
+    """
+
+    endpoints: tuple[str, ...]
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise ValueError("no etcd endpoint is given")
+        schemes = {_parse(endpoint)[0] for endpoint in self.endpoints}
+        if len({_parse(endpoint) for endpoint in self.endpoints}) < len(self.endpoints):
+            raise ValueError(f"an etcd endpoint is given twice: {', '.join(self.endpoints)}")
+        if len(schemes) > 1:
+            raise ValueError(f"etcd endpoints mix http and https: {', '.join(self.endpoints)}")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file must be given together")
+        if schemes == {"http"} and (self.ca_file or self.cert_file):
+            raise ValueError("certificates are given, but the etcd endpoints are http")
+        if self.timeout <= 0:
+            raise ValueError(f"the etcd timeout must be more than 0 seconds, not {self.timeout}")
+
+    @property
+    def secure(self) -> bool:
+        return _parse(self.endpoints[0])[0] == "https"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`host:port` of each endpoint."""
+        return tuple(_parse(endpoint)[1] for endpoint in self.endpoints)
+
+
+def _parse(endpoint: str) -> tuple[str, str]:
+    """Scheme and `host:port`. Raises `ValueError`."""
+    wrong = f"the etcd endpoint {endpoint!r} is not of the form http://host:port or https://host:port"
+    try:
+        url = urlsplit(endpoint)
+        host, port = url.hostname, url.port
+    except ValueError as error:
+        raise ValueError(f"{wrong}: {error}") from None
+    if url.scheme not in {"http", "https"}:
+        raise ValueError(f"{wrong}: its scheme is {url.scheme!r}")
+    if not host or not port:
+        raise ValueError(f"{wrong}: it has no {'port' if host else 'host'}")
+    if url.username is not None or url.path or url.query or url.fragment or endpoint != endpoint.strip():
+        raise ValueError(f"{wrong}: it has more than a host and a port")
+    return url.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Stream(Generic[Q, R]):
+    """A two-way stream to one endpoint. It has no deadline: whoever holds it must notice silence."""
+
+    def __init__(self, connection: "Connection", endpoint: int, call: Any) -> None:
+        self.endpoint = endpoint
+        self._connection = connection
+        self._call = call
+
+    async def read(self) -> R:
+        """The next reply. Raises a `StoreError` when the stream ended, however it did.
+
+        Cancelling this cancels the stream: await it as a task of its own to give up waiting without that.
+        """
+        name = self._connection.endpoints[self.endpoint]
+        try:
+            reply = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, endpoint=name, write=False) from None
+        if reply is grpc.aio.EOF:
+            raise Unavailable(f"{name}: the stream was closed")
+        self._connection.check(self.endpoint, reply)
+        return reply  # type: ignore[no-any-return]
+
+    async def write(self, request: Q) -> None:
+        """Hand one request to the transport. Raises `Unavailable` when the stream has ended."""
+        name = self._connection.endpoints[self.endpoint]
+        try:
+            await self._call.write(request)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, endpoint=name, write=False) from None
+        except asyncio.InvalidStateError:
+            raise Unavailable(f"{name}: the stream was closed") from None
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class Connection:
+    """Calls to one etcd cluster. Make it inside a running event loop, and `close` it there.
+
+    Every call raises leaves of `leasehold.store.errors`, and nothing else.
+    """
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self.config = config
+        self.endpoints = config.endpoints
+        self._current = 0
+        self._cluster = 0
+        self._channels = [_channel(config, target) for target in config.targets]
+        self._stubs: list[dict[str, Any]] = [{} for _ in self._channels]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is under way and disconnect."""
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    @property
+    def current(self) -> int:
+        """The index of the endpoint that the next call goes to."""
+        return self._current
+
+    def failed(self, endpoint: int) -> None:
+        """Prefer another endpoint from now on, if `endpoint` is still the preferred one."""
+        if self._current == endpoint:
+            self._current = (endpoint + 1) % len(self.endpoints)
+
+    async def read(self, method: Method[Q, R], request: Q, *, timeout: float | None = None) -> R:
+        """Call what may be repeated without harm, on whichever endpoint answers within `timeout` seconds."""
+        return await self._call(method, request, timeout, write=False)
+
+    async def write(self, method: Method[Q, R], request: Q, *, timeout: float | None = None) -> R:
+        """Call what must not be repeated. Raises `OutcomeUnknown` when it was sent and not answered."""
+        return await self._call(method, request, timeout, write=True)
+
+    async def ask(self, endpoint: int, method: Method[Q, R], request: Q, *, timeout: float) -> R:
+        """Call what may be repeated, once, on this one endpoint."""
+        return await self._attempt(endpoint, method, request, timeout, write=False)
+
+    async def open(self, method: Method[Q, R]) -> Stream[Q, R]:
+        """A stream to the preferred endpoint. Raises `Unreachable`, and prefers the next one, if it is down."""
+        endpoint = self._current
+        try:
+            await self._connect(endpoint, ATTEMPT)
+        except Unavailable:
+            self.failed(endpoint)
+            raise
+        call = self._stub(endpoint, method, stream=True)(metadata=_LEADER if method.leader else None)
+        return Stream(self, endpoint, call)
+
+    def check(self, endpoint: int, reply: Reply) -> None:
+        """Raises `ClusterMismatch` unless `reply` comes from the cluster that answered first."""
+        cluster = reply.header.cluster_id
+        if cluster == self._cluster:
+            return
+        if self._cluster:
+            raise ClusterMismatch(
+                f"{self.endpoints[endpoint]} belongs to cluster {cluster:x}, this connection to {self._cluster:x}"
+            )
+        self._cluster = cluster
+
+    async def _call(self, method: Method[Q, R], request: Q, timeout: float | None, *, write: bool) -> R:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (self.config.timeout if timeout is None else timeout)
+        tried = 0
+        answered: Unavailable | None = None
+
+        async def attempt() -> R:
+            nonlocal tried, answered
+            endpoint = self._current
+            left = end - loop.time()
+            if not write:
+                # Later rounds are more patient: a read may really take longer than the first would wait.
+                left = min(left, ATTEMPT * 2 ** min(tried // len(self.endpoints), 10))
+            tried += 1
+            try:
+                return await self._attempt(endpoint, method, request, max(left, 0.01), write=write)
+            except (Unavailable, OutcomeUnknown) as error:
+                self.failed(endpoint)
+                if isinstance(error, Unavailable) and not isinstance(error, Unreachable):
+                    answered = error
+                raise
+
+        try:
+            return await attempt()
+        except Unavailable:
+            if loop.time() >= end:
+                raise
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Unavailable),
+            stop=stop_before_delay(end - loop.time()),
+            wait=self._pause,
+            reraise=True,
+        )
+        try:
+            return await retrying(attempt)
+        except Unreachable:
+            # One that answered, if only to refuse, says more than one that could not be reached.
+            raise answered or Unreachable(
+                f"no etcd endpoint can be reached: {', '.join(self.endpoints)}"
+            ) from None
+
+    def _pause(self, state: RetryCallState) -> float:
+        """No pause until every endpoint was tried, then a growing one."""
+        # The first attempt was made before the retrying began.
+        rounds, rest = divmod(state.attempt_number + 1, len(self.endpoints))
+        if rest:
+            return 0.0
+        return random.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** min(rounds - 1, 10), _LONGEST_PAUSE)
+
+    async def _attempt(
+        self, endpoint: int, method: Method[Q, R], request: Q, timeout: float, *, write: bool
+    ) -> R:
+        """One call. Raises `Unavailable` only if it is harmless to repeat it."""
+        name = self.endpoints[endpoint]
+        await self._connect(endpoint, min(timeout, ATTEMPT))
+        stub = self._stub(endpoint, method)
+        call = stub(request, timeout=timeout, metadata=_LEADER if method.leader else None)
+        patience = _Patience(self, endpoint, call) if write else None
+        try:
+            reply: R = await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, endpoint=name, write=write) from None
+        except asyncio.CancelledError:
+            if patience is None or not patience.exhausted:
+                raise
+            raise OutcomeUnknown(f"{name}: sent, and the member answers nothing any more") from None
+        finally:
+            if patience:
+                patience.end()
+        self.check(endpoint, reply)
+        return reply
+
+    async def _connect(self, endpoint: int, timeout: float) -> None:
+        """Return once the channel is ready. Raises `Unreachable`: then nothing has been sent."""
+        channel = self._channels[endpoint]
+        state = channel.get_state(try_to_connect=True)
+        if state is grpc.ChannelConnectivity.READY:
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                while state is not grpc.ChannelConnectivity.READY:
+                    if state in {
+                        grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+                        grpc.ChannelConnectivity.SHUTDOWN,
+                    }:
+                        raise Unreachable(f"{self.endpoints[endpoint]}: can not be connected to")
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
+        except TimeoutError:
+            raise Unreachable(f"{self.endpoints[endpoint]}: not connected after {timeout:.1f} s") from None
+
+    def _stub(self, endpoint: int, method: Method[Q, R], *, stream: bool = False) -> Any:
+        stubs = self._stubs[endpoint]
+        if (stub := stubs.get(method.path)) is None:
+            channel = self._channels[endpoint]
+            make: Any = channel.stream_stream if stream else channel.unary_unary
+            reply: Any = method.reply
+            stub = stubs[method.path] = make(method.path, method.request.SerializeToString, reply.FromString)
+        return stub
+
+
+class _Patience:
+    """Ends a write to a member that answers nothing any more, and no other.
+
+    `exhausted` tells this end from a cancellation by the caller's task.
+    """
+
+    def __init__(self, connection: Connection, endpoint: int, call: Any) -> None:
+        self.exhausted = False
+        self._connection = connection
+        self._endpoint = endpoint
+        self._call = call
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(ATTEMPT, self._begin)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._task:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        self._task = asyncio.create_task(self._ask())
+
+    async def _ask(self) -> None:
+        while True:
+            try:
+                await self._connection.ask(
+                    self._endpoint, STATUS, maintenance_pb2.StatusRequest(), timeout=ATTEMPT
+                )
+            except Unavailable:
+                self.exhausted = True
+                self._call.cancel()
+                return
+            except StoreError:
+                # It answered, if only to refuse.
+                pass
+            await asyncio.sleep(ATTEMPT)
+
+
+def _channel(config: EtcdConfig, target: str) -> grpc.aio.Channel:
+    if not config.secure:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    ca, cert, key = (
+        path.read_bytes() if path else None for path in (config.ca_file, config.cert_file, config.key_file)
+    )
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca, key, cert), options=_OPTIONS)
