@@ -46,6 +46,7 @@ LATE = 1.0
 RELEASE = 5.0
 """Seconds spent on giving an access back. After that it ends by itself, one access TTL later."""
 
+_STATES = frozenset(name.removeprefix("REQUEST_STATE_") for name in records_pb2.RequestState.keys())
 _HEALTH = "/grpc.health.v1.Health/Check"
 _Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.RequestAccessResponse]
 
@@ -213,7 +214,7 @@ class Access:
                 if over:
                     return
                 self._owner.endpoints.avoid(address)
-        except LeaseholdError as error:
+        except Exception as error:  # noqa: BLE001 - told to whoever uses the access, see _end
             self._end(error)
 
     async def _open(self) -> tuple[_Stream, access_pb2.RequestAccessResponse, str]:
@@ -309,7 +310,7 @@ class Access:
 
     def _arrive(self, access: access_pb2.Access) -> None:
         before = self._now
-        if before is not None and access.epoch <= before.epoch:
+        if before is not None and not _newer(access, before):
             # The same again from another coordinator, or word from one that lags behind.
             return
         self._now = access
@@ -329,16 +330,17 @@ class Access:
         else:
             self._end(Refused(message, state, self._about()))
 
-    def _end(self, error: LeaseholdError) -> None:
+    def _end(self, error: Exception) -> None:
         if self._now is None:
             if self._granted is not None and not self._granted.done():
                 self._granted.set_exception(error)
             return
-        self._ended = (
-            error if isinstance(error, AccessLost) else AccessLost(str(error), error.reason, self._about())
-        )
-        unreached = error.reason == "OUT_OF_REACH" or not isinstance(error, AccessLost)
-        self._change(Ended("LOST" if unreached else error.reason, error.message))
+        if not isinstance(error, AccessLost):
+            lost = AccessLost(f"{self.device}: {error}", getattr(error, "reason", ""), self._about())
+            lost.__cause__ = error
+            error = lost
+        self._ended = error
+        self._change(Ended(error.reason if error.reason in _STATES else "LOST", error.message))
         self.lost.set()
 
     def _report(self, progress: Progress) -> None:
@@ -355,6 +357,13 @@ class Access:
         if self._now is not None:
             about |= {"holder": self._now.controller, "epoch": str(self._now.epoch)}
         return about
+
+
+def _newer(access: access_pb2.Access, before: access_pb2.Access) -> bool:
+    """A later epoch; or another path in the same one, after a restart of what serves it."""
+    if access.epoch != before.epoch:
+        return access.epoch > before.epoch
+    return access.path != before.path and access.revision > before.revision
 
 
 async def _alive(check: Awaitable[bytes]) -> None:

@@ -143,6 +143,6 @@ class ApiServer:
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace)
 
-    async def _set(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+    async def _set(self, status: int) -> None:
         for name in ("", *self._services):
             await self._health.set(name, status)

@@ -7,14 +7,13 @@ raises `Unreadable`: the device is then busy, never free.
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from functools import cache
-from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from leasehold.store import records
@@ -23,6 +22,10 @@ from leasehold.store.records import LeaseId, Record, lease_number
 from leasehold.v1 import records_pb2
 
 T = TypeVar("T")
+
+Descriptor: TypeAlias = Any
+FieldDescriptor: TypeAlias = Any
+# protobuf has a descriptor class for each of its implementations, and no common base for them.
 
 
 class Unreadable(Exception):
@@ -68,7 +71,7 @@ def encode(record: Record, base: bytes | None = None) -> bytes:
 
 def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
     """The record under a key. Raises `Unreadable`, which names the key and what is wrong."""
-    message = _message_class(cls)()
+    message = _message_class(cast("Hashable", cls))()
     try:
         document = json.loads(kv.value)
         if not isinstance(document, dict):
@@ -76,7 +79,9 @@ def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
         _refuse_unknown_values(message.DESCRIPTOR, document)
         json_format.ParseDict(document, message, ignore_unknown_fields=True)
         value = from_message(cls, message)
-    except (ValueError, KeyError, TypeError, RecursionError, json_format.ParseError) as error:
+    except Exception as error:
+        # Whatever the parsers trip over (they let through RecursionError and OverflowError, too), the record
+        # is there and is not understood.
         raise Unreadable(kv.key, str(error)) from error
     version = cast("Record", value).version
     if version != records.VERSION:
@@ -86,8 +91,8 @@ def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
 
 def to_message(record: Any) -> Message:
     """The message of the same name and content."""
-    message = _message_class(type(record))()
-    for name, _, _ in _layout(type(record)):
+    message = _message_class(cast("Hashable", type(record)))()
+    for name, _, _ in _layout(cast("Hashable", type(record))):
         value = getattr(record, name)
         if value is None:
             continue
@@ -111,7 +116,7 @@ def to_message(record: Any) -> Message:
 def from_message(cls: type[T], message: Message) -> T:
     """The record of the same name and content. Raises ValueError naming a field that is missing."""
     values: dict[str, Any] = {}
-    for name, hint, has_default in _layout(cls):
+    for name, hint, has_default in _layout(cast("Hashable", cls)):
         descriptor = message.DESCRIPTOR.fields_by_name[name]
         value = _from_field(message, descriptor, hint)
         if value is MISSING:
@@ -181,7 +186,7 @@ def _enum_fields(descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
 
 
 @cache
-def _message_class(cls: type) -> type[Message]:
+def _message_class(cls: Any) -> type[Message]:
     return cast("type[Message]", getattr(records_pb2, cls.__name__))
 
 
@@ -202,7 +207,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _prefix(descriptor: FieldDescriptor) -> str:
-    zero = descriptor.enum_type.values[0].name
+    zero: str = descriptor.enum_type.values[0].name
     return zero.removesuffix("UNSPECIFIED")
 
 

@@ -1,13 +1,13 @@
 """The way to etcd: one channel per endpoint, a deadline on every call, and failover between endpoints.
 
-A connection stays with the endpoint that works and moves to the next when that one fails. What may be repeated
-without harm (`Connection.read`) is retried elsewhere until the caller's deadline. A write (`Connection.write`)
-is retried only while it is certain that it was never sent; after that the caller gets `OutcomeUnknown`.
+A connection stays with the endpoint that works and moves to the next when that one fails. What may be
+repeated without harm (`Connection.read`) is retried elsewhere until the caller's deadline. A write
+(`Connection.write`) is retried only while it is certain that it was never sent; after that the caller gets
+`OutcomeUnknown`.
 
-HTTP/2 pings are answered by a server whose process does nothing else any more, and a stopped process is not
-noticed by the kernel at all. So a member is given up by what it fails to answer: a read after `ATTEMPT`; a write
-when the member does not even answer `Status`, which needs neither quorum nor disk, within `ATTEMPT` after the
-write has been out for as long. A slow commit on a live member is waited for.
+The kernel does not notice a stopped process, and HTTP/2 pings take seconds to. So a member is given up by
+what it fails to answer: a read within `ATTEMPT`; or, once a write has been out for `ATTEMPT`, a `Status`, which
+needs neither quorum nor disk. A slow commit on a live member is waited for.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from leasehold.etcd.v3 import kv_pb2, maintenance_pb2
 from leasehold.store.errors import (
+    AccessDenied,
     ClusterMismatch,
     OutcomeUnknown,
     StoreError,
@@ -194,6 +195,7 @@ class Connection:
         self.endpoints = config.endpoints
         self._current = 0
         self._cluster = 0
+        self._identified: set[int] = set()
         self._channels = [_channel(config, target) for target in config.targets]
         self._stubs: list[dict[str, Any]] = [{} for _ in self._channels]
 
@@ -232,7 +234,10 @@ class Connection:
         return await self._attempt(endpoint, method, request, timeout, write=False)
 
     async def open(self, method: Method[Q, R]) -> Stream[Q, R]:
-        """A stream to the preferred endpoint. Raises `Unreachable`, and prefers the next one, if it is down."""
+        """A stream to the preferred endpoint.
+
+        Raises `Unreachable`, and prefers the next one from then on, if it can not be connected to.
+        """
         endpoint = self._current
         try:
             await self._connect(endpoint, ATTEMPT)
@@ -246,12 +251,13 @@ class Connection:
         """Raises `ClusterMismatch` unless `reply` comes from the cluster that answered first."""
         cluster = reply.header.cluster_id
         if cluster == self._cluster:
+            self._identified.add(endpoint)
             return
         if self._cluster:
-            raise ClusterMismatch(
-                f"{self.endpoints[endpoint]} belongs to cluster {cluster:x}, this connection to {self._cluster:x}"
-            )
+            name = self.endpoints[endpoint]
+            raise ClusterMismatch(f"{name} is of cluster {cluster:x}, this connection of {self._cluster:x}")
         self._cluster = cluster
+        self._identified.add(endpoint)
 
     async def _call(self, method: Method[Q, R], request: Q, timeout: float | None, *, write: bool) -> R:
         loop = asyncio.get_running_loop()
@@ -300,7 +306,8 @@ class Connection:
         rounds, rest = divmod(state.attempt_number + 1, len(self.endpoints))
         if rest:
             return 0.0
-        return random.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** min(rounds - 1, 10), _LONGEST_PAUSE)
+        longest: float = min(_FIRST_PAUSE * 2 ** min(rounds - 1, 10), _LONGEST_PAUSE)
+        return random.uniform(0.5, 1.0) * longest
 
     async def _attempt(
         self, endpoint: int, method: Method[Q, R], request: Q, timeout: float, *, write: bool
@@ -308,6 +315,8 @@ class Connection:
         """One call. Raises `Unavailable` only if it is harmless to repeat it."""
         name = self.endpoints[endpoint]
         await self._connect(endpoint, min(timeout, ATTEMPT))
+        if write and endpoint not in self._identified:
+            await self._identify(endpoint, min(timeout, ATTEMPT))
         stub = self._stub(endpoint, method)
         call = stub(request, timeout=timeout, metadata=_LEADER if method.leader else None)
         patience = _Patience(self, endpoint, call) if write else None
@@ -324,6 +333,14 @@ class Connection:
                 patience.end()
         self.check(endpoint, reply)
         return reply
+
+    async def _identify(self, endpoint: int, timeout: float) -> None:
+        """Make sure that the endpoint is of this cluster before the first write goes to it."""
+        try:
+            await self.ask(endpoint, STATUS, maintenance_pb2.StatusRequest(), timeout=timeout)
+        except AccessDenied:
+            # With auth on, Status may be kept for administrators. Then the reply to the write must do.
+            self._identified.add(endpoint)
 
     async def _connect(self, endpoint: int, timeout: float) -> None:
         """Return once the channel is ready. Raises `Unreachable`: then nothing has been sent."""

@@ -7,7 +7,7 @@ StoreError
 ├── OutcomeUnknown        a write was sent and not answered: read back, never blindly repeat
 ├── LeaseNotFound         the lease is gone and nothing was applied: stop what depended on it
 ├── Compacted             the revision asked for is gone: read everything anew
-├── NoSpace               etcd takes no puts or grants until an operator frees space; deletes and renewals work
+├── NoSpace               no puts or grants until an operator frees space; deletes and renewals work
 ├── Corrupt               etcd found its members to differ: stop, an operator must repair it
 ├── AccessDenied          these credentials may not do this
 ├── ClusterMismatch       an endpoint belongs to another cluster: the configuration is wrong
@@ -102,8 +102,8 @@ _BY_TEXT: tuple[tuple[str, Callable[[str], StoreError]], ...] = (
     ("not a primary lessor", Unavailable),
     ("etcdserver: user name is empty", AccessDenied),
     ("etcdserver: authentication failed", AccessDenied),
-    # grpc-go's words for a request over the server's limit. Those of the client for a reply over its own begin
-    # otherwise, and come after the request was applied.
+    # grpc-go's words for a request over the server's limit. Those of the client for a reply over its own
+    # begin otherwise, and come after the request was applied.
     ("grpc: received message larger than max", InvalidRequest),
     # C-core's words when a call never got a connection.
     ("failed to connect to all addresses", Unreachable),

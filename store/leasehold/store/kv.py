@@ -25,7 +25,10 @@ _REREADS = 3
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key as it stood at some revision. `lease` is 0 if it has none; `version` counts its changes from 1."""
+    """A key as it stood at some revision.
+
+    `lease` is 0 if it has none; `version` counts its changes from 1.
+    """
 
     key: str
     value: bytes

@@ -1,0 +1,205 @@
+"""The same client for programs without an event loop.
+
+::
+
+    from leasehold.client.sync import connect
+
+    with connect("manager-1:7400") as leasehold, leasehold.access("disk-1") as access:
+        copy_to(access.path)
+
+One background thread per `connect` runs the asynchronous client; every method here waits for it. The errors
+are the same.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from leasehold.client import access as asynchronous
+from leasehold.client import connection
+from leasehold.client.changes import Change, Progress
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2
+
+__all__ = ["Access", "Leasehold", "connect"]
+
+T = TypeVar("T")
+
+
+def connect(*endpoints: str, timeout: float = 10.0) -> "Leasehold":
+    """See `leasehold.client.connect`. The result has to be entered."""
+    return Leasehold(endpoints, timeout)
+
+
+class Leasehold:
+    """See `leasehold.client.Leasehold`. May be used from any thread while it is entered."""
+
+    def __init__(self, endpoints: Sequence[str], timeout: float) -> None:
+        self._inner = connection.Leasehold(endpoints, timeout)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._loop is not None:
+            raise RuntimeError("entered already")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="leasehold", daemon=True)
+        self._thread.start()
+        self.wait(self._inner.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            raise RuntimeError("not entered")
+        try:
+            self.wait(self._inner.__aexit__(kind, error, trace))
+        finally:
+            self._loop = self._thread = None
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def access(
+        self,
+        device: str,
+        *,
+        priority: int | None = None,
+        controller: str = "",
+        wait: float | None = None,
+        client: str = "",
+        request: str = "",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> "Access":
+        """See `leasehold.client.Leasehold.access`. `progress` is called in the background thread."""
+        inner = self._inner.access(
+            device,
+            priority=priority,
+            controller=controller,
+            wait=wait,
+            client=client,
+            request=request,
+            progress=progress,
+        )
+        return Access(self, inner)
+
+    def devices(self) -> list[devices_pb2.DeviceStatus]:
+        return self.wait(self._inner.devices())
+
+    def device(self, device: str) -> devices_pb2.DeviceStatus:
+        return self.wait(self._inner.device(device))
+
+    def create_device(
+        self,
+        device: str,
+        driver: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        controllers: Sequence[str] = (),
+        ttl: int = 0,
+        strict: bool = False,
+    ) -> devices_pb2.DeviceStatus:
+        made = self._inner.create_device(
+            device, driver, parameters, controllers=controllers, ttl=ttl, strict=strict
+        )
+        return self.wait(made)
+
+    def delete_device(self, device: str) -> None:
+        self.wait(self._inner.delete_device(device))
+
+    def transfer(
+        self, device: str, controller: str, *, reason: str = "", timeout: float = 60.0
+    ) -> devices_pb2.DeviceStatus:
+        return self.wait(self._inner.transfer(device, controller, reason=reason, timeout=timeout))
+
+    def controllers(self) -> list[controllers_pb2.ControllerStatus]:
+        return self.wait(self._inner.controllers())
+
+    def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
+        return self.wait(self._inner.requests(device, ended=ended))
+
+    def request(self, request: str) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.request(request))
+
+    def cancel(self, request: str) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.cancel(request))
+
+    def release(self, request: str) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.release(request))
+
+    def history(self, device: str = "") -> list[history_pb2.RecordedChange]:
+        return self.wait(self._inner.history(device))
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the background thread and wait for it. Ctrl-C here cancels it there."""
+        if self._loop is None:
+            work.close()
+            raise RuntimeError("not entered: use it in a with statement")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class Access:
+    """See `leasehold.client.Access`."""
+
+    def __init__(self, owner: Leasehold, inner: asynchronous.Access) -> None:
+        self._owner = owner
+        self._inner = inner
+
+    @property
+    def path(self) -> str:
+        return self._inner.path
+
+    @property
+    def epoch(self) -> int:
+        return self._inner.epoch
+
+    @property
+    def controller(self) -> str:
+        return self._inner.controller
+
+    @property
+    def device(self) -> str:
+        return self._inner.device
+
+    @property
+    def revision(self) -> int:
+        return self._inner.revision
+
+    @property
+    def request(self) -> str:
+        return self._inner.request
+
+    @property
+    def lost(self) -> bool:
+        """True once the access is over without the client's doing. Stop using the path."""
+        return self._inner.lost.is_set()
+
+    def changes(self) -> Iterator[Change]:
+        """What happens to the access, each change once, waiting for the next. Ends after `Ended`."""
+        changes = self._inner.changes()
+        while True:
+            change = self._owner.wait(_next(changes))
+            if change is None:
+                return
+            yield change
+
+    def __enter__(self) -> Self:
+        self._owner.wait(self._inner.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._owner.wait(self._inner.__aexit__(kind, error, trace))
+
+
+async def _next(changes: AsyncIterator[Change]) -> Change | None:
+    return await anext(changes, None)

