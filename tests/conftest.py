@@ -1,10 +1,15 @@
 """What every test may use: the system tools it needs, and what happens where they are missing."""
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+
+from etcd_server import EtcdServer, program
+from installation import Installation
+from leasehold.store.connection import Connection, EtcdConfig
 
 PACKAGES = {
     "nbdcopy": "libnbd-bin",
@@ -36,6 +41,27 @@ def find_tool(tool: str, package: str = "") -> str:
         package = package or PACKAGES.get(tool, tool)
         missing(tool, f"install {package}")
     return found or ""
+
+
+_prefixes = (f"/test-{number}/" for number in itertools.count(1))
+
+
+@pytest.fixture(scope="session")
+def shared_etcd() -> Iterator[EtcdServer]:
+    """One member for all tests that only need its keys. Whoever kills, stops or fills one starts his own."""
+    try:
+        program()
+    except FileNotFoundError as error:
+        missing("etcd", str(error))
+    with EtcdServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def installation(shared_etcd: EtcdServer) -> AsyncIterator[Installation]:
+    """A prefix of its own in the shared etcd."""
+    async with Connection(EtcdConfig(endpoints=(shared_etcd.endpoint,))) as connection:
+        yield Installation(connection, next(_prefixes))
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ class EtcdServer:
         connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=2)
         try:
             connection.request("GET", "/health")
-            return json.loads(connection.getresponse().read()).get("health") == "true"
+            return bool(json.loads(connection.getresponse().read()).get("health") == "true")
         except (OSError, http.client.HTTPException, ValueError):
             return False
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -295,7 +296,7 @@ ENUM_FIELDS = [
 
 
 @pytest.mark.parametrize(("record", "name"), ENUM_FIELDS, ids=lambda part: str(part)[:12])
-@pytest.mark.parametrize("value", ["HOLDER_STATE_LATER", "", 99, -1, 1.5, []])
+@pytest.mark.parametrize("value", ["HOLDER_STATE_LATER", "", 99, -1, 1.5, True, []])
 def test_an_enum_value_of_a_later_version_is_unreadable(record: Record, name: str, value: Any) -> None:
     """Even where the field has a default: an unknown policy must not become the default one."""
     with pytest.raises(Unreadable):
@@ -337,7 +338,7 @@ def test_whatever_is_done_to_a_record_nothing_but_unreadable_is_raised() -> None
             if isinstance(place[name], dict) and place[name] and chance.random() < 0.5:
                 place = place[name]
                 name = chance.choice(sorted(place))
-            place[name] = chance.choice(strange)
+            place[name] = deepcopy(chance.choice(strange))
         try:
             decode(type(record), kv(mutant))
         except Unreadable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -268,8 +269,6 @@ def test_what_is_no_gate_is_refused(gate: Gate, tmp_path: Path, damage: str) -> 
 
 def test_real_time_is_boot_time(tmp_path: Path) -> None:
     """Without the fake clock: the deadline is compared with CLOCK_BOOTTIME and nothing else."""
-    import time
-
     gate = Gate.create(tmp_path / "gate")
     now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     gate.set_session(now + 60 * SECOND)

@@ -171,9 +171,9 @@ def fits_one(hint: Any, field: FieldDescriptor) -> bool:
 
 
 def _repeated(field: FieldDescriptor) -> bool:
-    # The property replaces the label, which newer releases of protobuf warn about; older ones lack it.
+    # `is_repeated` is newer than the oldest protobuf this runs on, and `label` is gone from the newest.
     known = getattr(field, "is_repeated", None)
-    return bool(field.label == FieldDescriptor.LABEL_REPEATED if known is None else known)
+    return bool(getattr(field, "label", 0) == 3 if known is None else known)
 
 
 def _plain(hint: Any) -> Any:

@@ -46,7 +46,7 @@ LATE = 1.0
 RELEASE = 5.0
 """Seconds spent on giving an access back. After that it ends by itself, one access TTL later."""
 
-_STATES = frozenset(name.removeprefix("REQUEST_STATE_") for name in records_pb2.RequestState.keys())
+_STATES = frozenset({"REJECTED", "CANCELLED", "EXPIRED", "ENDED"})
 _HEALTH = "/grpc.health.v1.Health/Check"
 _Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.RequestAccessResponse]
 

@@ -14,7 +14,8 @@ import grpc.aio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from leasehold.client.clock import now
-from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError, from_rpc
+from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError
+from leasehold.client.status import from_rpc
 
 T = TypeVar("T")
 

@@ -138,11 +138,21 @@ class Leasehold:
         if self._loop is None:
             work.close()
             raise RuntimeError("not entered: use it in a with statement")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        over = threading.Event()
+
+        async def told() -> T:
+            try:
+                return await work
+            finally:
+                over.set()
+
+        future = asyncio.run_coroutine_threadsafe(told(), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()
+            # A cancelled call still gives back what it had asked for; leaving must not cut that short.
+            if future.cancel():
+                over.wait(asynchronous.RELEASE)
             raise
 
 

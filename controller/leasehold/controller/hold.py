@@ -218,6 +218,8 @@ class Hold:
     graceful: bool = False
     attempt: "asyncio.Task[None] | None" = None
     proofs_missed: int = 0
+    tried: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    """Set once the driver was asked to end it, with or without success."""
     _watch: Callable[[], None] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -260,6 +262,13 @@ class Hold:
             self.attempt.cancel()
         self.on_end(self)
 
+    def unproved(self) -> None:
+        """The driver could not prove it. Whatever grace there was is over."""
+        self.graceful = False
+        self.gate.shut(self.activation.slot)
+        self.proofs_missed += 1
+        self.tried.set()
+
     def proved(self) -> None:
         """The driver has proved that nothing here writes in this epoch any more."""
         self.gate.shut(self.activation.slot)
@@ -267,6 +276,7 @@ class Hold:
             self._watch()
             self._watch = None
         self._to(Phase.PROVED)
+        self.tried.set()
 
     def _extended(self, deadline: int) -> None:
         if self.phase in (Phase.PREPARING, Phase.SERVING) or self.graceful:

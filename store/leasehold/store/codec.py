@@ -154,8 +154,9 @@ def _refuse_unknown_values(descriptor: Descriptor, document: dict[str, Any]) -> 
     for enum in _enum_fields(descriptor):
         for spelling in (enum.json_name, enum.name):
             value = document.get(spelling)
-            if isinstance(value, str) and value not in enum.enum_type.values_by_name:
-                raise ValueError(f"{spelling} is {value[:80]!r}, which is not understood")
+            known = value is None or type(value) is int or value in enum.enum_type.values_by_name
+            if not known:
+                raise ValueError(f"{spelling} is {str(value)[:80]!r}, which is not understood")
 
 
 def _keep_unknown(descriptor: Descriptor, base: Any, document: Any) -> None:

@@ -6,8 +6,8 @@ repeated without harm (`Connection.read`) is retried elsewhere until the caller'
 `OutcomeUnknown`.
 
 The kernel does not notice a stopped process, and HTTP/2 pings take seconds to. So a member is given up by
-what it fails to answer: a read within `ATTEMPT`; or, once a write has been out for `ATTEMPT`, a `Status`, which
-needs neither quorum nor disk. A slow commit on a live member is waited for.
+what it fails to answer: a read within `ATTEMPT`; or, once a write has been out for `ATTEMPT`, a `Status`,
+which needs neither quorum nor disk. A slow commit on a live member is waited for.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_before_delay
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay
 
 from leasehold.etcd.v3 import kv_pb2, maintenance_pb2
 from leasehold.store.errors import (
@@ -145,6 +145,25 @@ def _parse(endpoint: str) -> tuple[str, str]:
     if url.username is not None or url.path or url.query or url.fragment or endpoint != endpoint.strip():
         raise ValueError(f"{wrong}: it has more than a host and a port")
     return url.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Backoff:
+    """Seconds to pause after each failure in a row: none until every endpoint was tried, then ever more."""
+
+    def __init__(self, endpoints: int) -> None:
+        self._endpoints = endpoints
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def next(self) -> float:
+        self._failures += 1
+        rounds, rest = divmod(self._failures, self._endpoints)
+        if rest:
+            return 0.0
+        longest: float = min(_FIRST_PAUSE * 2 ** min(rounds - 1, 10), _LONGEST_PAUSE)
+        return random.uniform(0.5, 1.0) * longest
 
 
 class Stream(Generic[Q, R]):
@@ -281,15 +300,19 @@ class Connection:
                     answered = error
                 raise
 
+        backoff = Backoff(len(self.endpoints))
         try:
+            # The ordinary case goes without the machinery of retrying.
             return await attempt()
         except Unavailable:
-            if loop.time() >= end:
+            pause = backoff.next()
+            if loop.time() + pause >= end:
                 raise
+            await asyncio.sleep(pause)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable),
             stop=stop_before_delay(end - loop.time()),
-            wait=self._pause,
+            wait=lambda _: backoff.next(),
             reraise=True,
         )
         try:
@@ -299,15 +322,6 @@ class Connection:
             raise answered or Unreachable(
                 f"no etcd endpoint can be reached: {', '.join(self.endpoints)}"
             ) from None
-
-    def _pause(self, state: RetryCallState) -> float:
-        """No pause until every endpoint was tried, then a growing one."""
-        # The first attempt was made before the retrying began.
-        rounds, rest = divmod(state.attempt_number + 1, len(self.endpoints))
-        if rest:
-            return 0.0
-        longest: float = min(_FIRST_PAUSE * 2 ** min(rounds - 1, 10), _LONGEST_PAUSE)
-        return random.uniform(0.5, 1.0) * longest
 
     async def _attempt(
         self, endpoint: int, method: Method[Q, R], request: Q, timeout: float, *, write: bool

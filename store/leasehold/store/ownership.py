@@ -170,6 +170,12 @@ def checked(state: DeviceState) -> DeviceState:
         wrong = f"the holder's epoch {holder.value.epoch} is not the highest, {epochs.value.epoch}"
     elif holder and not holder.kv.lease:
         wrong = "the holder record has no lease and would never expire"
+    elif any(item and item.value.device != state.device for item in (holder, epochs, state.spec)):
+        wrong = "a record is about another device than its key"
+    elif any(item.epoch > state.epoch for item in state.unreleased):
+        wrong = f"an unreleased epoch is above the highest, {state.epoch}"
+    elif holder and all(item.epoch != holder.value.epoch for item in state.unreleased):
+        wrong = f"the holder's epoch {holder.value.epoch} is not among the unreleased"
     return replace(state, unreadable=wrong) if wrong else state
 
 
@@ -333,7 +339,7 @@ def publish(
     )
     compares: list[Compare] = []
     operations: list[Operation] = [
-        put(holder.key, encode(value, holder.kv.value), lease=lease_number(device_lease)),
+        put(holder.key, encode(value, holder.kv.value), lease=_lease(state, device_lease)),
         delete(keys.availability(state.device, old.controller)),
     ]
     for grant in serving.grants:
@@ -439,7 +445,7 @@ def _give(
     """The part that assign, swap and take_over share: the next epoch, on the session of its gainer."""
     keys = author.keys
     epoch = Epoch(state.epoch + 1)
-    session = lease_number(target.session_lease)
+    session = _lease(state, target.session_lease)
     holder = Holder(
         device=state.device,
         controller=target.controller,
@@ -556,6 +562,13 @@ def _from(state: DeviceState, kind: ChangeKind) -> None:
 def _require(state: DeviceState, condition: bool, reason: str) -> None:
     if not condition:
         raise NotPossible(state.device, reason)
+
+
+def _lease(state: DeviceState, lease: LeaseId) -> int:
+    # etcd takes 0 for no lease, and a holder record without one would be immortal.
+    number = lease_number(lease)
+    _require(state, number != 0, "there is no lease to attach the holder record to")
+    return number
 
 
 def _party(holder: Holder) -> Party:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from leasehold.store.clock import boottime_ns
-from leasehold.store.errors import LeaseNotFound, OutcomeUnknown
+from leasehold.store.errors import LeaseNotFound, OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Compare, KeyValue, Kv, Operation, get
 
 _SECOND = 1_000_000_000
@@ -71,7 +71,7 @@ async def commit(
 
     `timeout` in seconds covers all attempts. Raises `OutcomeUnknown` when it is over and the transaction may
     still be applied: the caller must then take both for possible until a commit of its own has changed one of
-    the compared keys. Raises `Unavailable` when nothing was ever sent.
+    the compared keys. Raises `Unavailable`, or what else etcd answers, when no copy can have been applied.
     """
     end = boottime_ns() + int(timeout * _SECOND)
     reads = (get(transaction.proof_key), *otherwise)
@@ -85,10 +85,13 @@ async def commit(
             if sent and (revision := await _applied_before(kv, transaction, left)):
                 return Applied(revision)
             return Refused(revision=0, lease_gone=True)
-        except OutcomeUnknown:
-            sent = True
-            if boottime_ns() >= end:
+        except StoreError as error:
+            sent = sent or isinstance(error, OutcomeUnknown)
+            if not sent:
                 raise
+            # Whatever became of this copy, an earlier one may have been applied, or may still be.
+            if boottime_ns() >= end or not isinstance(error, OutcomeUnknown | Unavailable):
+                raise OutcomeUnknown(f"sent, and not known to be applied or refused: {error}") from error
             continue
         if result.succeeded:
             return Applied(result.revision)

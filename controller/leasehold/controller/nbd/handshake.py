@@ -74,7 +74,8 @@ class Handshake:
             raise Hangup(str(error)) from error
 
     def _negotiate(self) -> bool:
-        mine = ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES
+        # An int: the complement of a flag enumeration has only the flags it knows.
+        mine = int(ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES)
         self._send(GREETING_MAGIC + OPTION_MAGIC + struct.pack(">H", mine))
         (theirs,) = struct.unpack(">I", self._receive(4))
         if theirs & ~mine or not theirs & ServerFlag.FIXED_NEWSTYLE:

@@ -11,7 +11,7 @@ verb       fields                                       ok means
 export     name, backing, slot, epoch, read_only        the backing is open; nobody is let in yet
 open       name                                         the device answered, and clients are let in
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
-status     name                                         `failure` says what ails the export, if anything
+status     name                                         `failure` says what ails it, if anything; connections
 examine    backing                                      `failure` says why it cannot be served, if it cannot
 =========  ===========================================  ======================================================
 """

@@ -123,6 +123,12 @@ class WorkerPool:
         """None if the export is open and healthy, else what ails it."""
         return await self._failure(self._seat(spec.device), "status", name=spec.name)
 
+    async def clients(self, spec: ExportSpec) -> int:
+        """How many connections the export has now. Raises ChannelError if its worker does not say."""
+        channel = await self._seat(spec.device).reach(_STATUS_SECONDS)
+        answer = await channel.ask("status", _STATUS_SECONDS, name=spec.name)
+        return int(answer.get("connections", 0))
+
     async def examine(self, device: str, backing: str) -> str | None:
         """None if `backing` could be served from here, else why not."""
         return await self._failure(self._seat(device), "examine", backing=backing)

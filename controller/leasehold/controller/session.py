@@ -1,0 +1,142 @@
+"""The controller's session: the lease behind its registration, and behind every hold begun under it.
+
+Every hold is bound to the session it began under. When that is lost all its holds end, and only when each of
+them was shut and its driver asked for proof does the controller register again, under a new session. That one
+revives nothing: an epoch given under the old session is released and never acted in.
+
+A name belongs to one controller. An instance that finds its name registered waits as long as the other's
+session can live without being renewed, and is refused if it lives on.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from leasehold.controller.context import Context
+from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.store.errors import LeaseNotFound, OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.records import Controller, LeaseId, lease_number
+
+_log = logging.getLogger(__name__)
+
+_LOOK = 0.5
+"""Seconds between looks at a name that is taken; etcd looks for expired leases as often."""
+_LONGEST_RETRY = 2.0
+
+
+class Session:
+    """The session of one controller, the present one or none."""
+
+    def __init__(self, context: Context, build: Callable[[LeaseId], Controller], on_lost: Callable[[str], None]) -> None:
+        """`build` makes the registration of a lease; `on_lost(reason)` is called once for each session."""
+        self._context = context
+        self._build = build
+        self._on_lost = on_lost
+        self._registered: Registered[Controller] | None = None
+        self.lost = asyncio.Event()
+
+    @property
+    def me(self) -> Controller | None:
+        """The registration that stands, as far as is known here. None without a session."""
+        return self._registered.record if self._registered else None
+
+    async def begin(self, *, patience: float | None = None) -> None:
+        """Register. Raises NameTaken if another instance goes on living under the name.
+
+        Waits for etcd as long as it takes. `patience` is for how many seconds another may live on; by default
+        as long as its lease can without being renewed.
+        """
+        context = self._context
+        key = context.keys.controller(context.name)
+        loop = asyncio.get_running_loop()
+        ends: dict[LeaseId, float] = {}
+        pause = 0.1
+        while True:
+            try:
+                registered = await register(
+                    context.kv, context.keeper, key, self._journalled, context.timing.session_ttl
+                )
+            except NameTaken as taken:
+                if taken.lease not in ends:
+                    left = await self._life(taken.lease) if patience is None else patience
+                    ends[taken.lease] = loop.time() + left
+                    _log.warning("%s; it has %.0f s to go away", taken, left)
+                if loop.time() >= ends[taken.lease] or len(ends) > 1:
+                    raise
+                await asyncio.sleep(_LOOK)
+                continue
+            except (SessionLost, OutcomeUnknown, Unavailable) as error:
+                _log.warning("not registered yet: %s", error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_RETRY)
+                continue
+            break
+        self._registered = registered
+        self.lost.clear()
+        context.gate.set_session(registered.lease.deadline)
+        registered.lease.watch_deadline(lambda deadline: self._renewed(registered, deadline))
+        _log.info(
+            "registered as %s, instance %s, session %s",
+            context.name,
+            registered.record.instance,
+            registered.record.session_lease,
+        )
+
+    async def until_lost(self) -> str:
+        """Wait until the session is lost, by its lease or by what `lose` was told. Returns why."""
+        if self._registered is None:
+            return "there is none"
+        lease = asyncio.ensure_future(self._registered.lease.lost.wait())
+        told = asyncio.ensure_future(self.lost.wait())
+        try:
+            await asyncio.wait((lease, told), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lease.cancel()
+            told.cancel()
+        self.lose("its lease ran out, or was revoked")
+        return "lost"
+
+    def lose(self, reason: str) -> None:
+        """The session is over: nothing may act under it from now on."""
+        if self._registered is None:
+            return
+        registered, self._registered = self._registered, None
+        self._context.gate.set_session(0)
+        self._context.keeper.forget(registered.lease)
+        self.lost.set()
+        _log.error("session %s is lost: %s", registered.record.session_lease, reason)
+        self._on_lost(reason)
+
+    async def end(self) -> None:
+        """Revoke the session, after everything was released. The name is free at once."""
+        if self._registered is None:
+            return
+        registered, self._registered = self._registered, None
+        self._context.gate.set_session(0)
+        await revoke(self._context, registered.record.session_lease)
+
+    def _journalled(self, lease: LeaseId) -> Controller:
+        record = self._build(lease)
+        self._context.journal.begin_session(record.instance, lease)
+        return record
+
+    def _renewed(self, registered: Registered[Controller], deadline: int) -> None:
+        if self._registered is registered:
+            self._context.gate.set_session(deadline)
+
+    async def _life(self, lease: LeaseId) -> float:
+        try:
+            found = await self._context.keeper.time_to_live(lease_number(lease))
+        except StoreError as error:
+            _log.warning("the life of lease %s is not known, a session's is assumed: %s", lease, error)
+            return self._context.timing.session_ttl + 2 * _LOOK
+        return float(found.granted) + 2 * _LOOK
+
+
+async def revoke(context: Context, lease: LeaseId) -> None:
+    """Revoke a session of this controller, and say so in the journal. Raises StoreError."""
+    try:
+        await context.keeper.revoke(lease_number(lease))
+    except LeaseNotFound:
+        _log.debug("session %s is gone already", lease)
+    context.journal.end_session(lease)

@@ -1,0 +1,102 @@
+"""The end of a hold: the driver's proof, and then control is passed on or given up.
+
+Nothing is released without proof. What can not be proved stays unreleased, for a successor to fence or for a
+person to judge; it is asked again, and `availability/` says STUCK meanwhile.
+"""
+
+import asyncio
+import logging
+
+from leasehold.controller.context import Context
+from leasehold.controller.driver import DriverError
+from leasehold.controller.hold import Hold
+from leasehold.store.codec import Unreadable, decode, encode
+from leasehold.store.errors import StoreError
+from leasehold.store.kv import KeyValue, get
+from leasehold.store.ownership import DeviceState, release, swap
+from leasehold.store.records import Availability, DeviceId, Epoch
+from leasehold.store.transaction import Applied
+from leasehold.store.walltime import timestamp
+
+_log = logging.getLogger(__name__)
+
+_GRACE = 10.0
+"""Seconds beyond the drain time after which a driver that does not answer is taken to hang."""
+
+
+class Settler:
+    """Ends holds. See the module."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def prove(self, hold: Hold) -> bool:
+        """Have the driver deactivate. True if it proved that nothing here writes in this epoch any more.
+
+        The proof is in the journal when this returns.
+        """
+        context = self._context
+        drain = context.timing.drain if hold.graceful else 0.0
+        try:
+            async with asyncio.timeout(drain + _GRACE):
+                await hold.driver.deactivate(hold.activation, drain=drain)
+        except (DriverError, TimeoutError) as error:
+            hold.unproved()
+            reason = str(error) or "the driver did not answer in time"
+            _log.error("%s: STUCK, it is not proved to be inactive: %s", hold, reason)
+            await self._say(hold.device, f"STUCK in epoch {hold.epoch}: {reason}")
+            return False
+        context.journal.prove(hold.device, hold.epoch, f"driver {hold.driver.name}")
+        hold.proved()
+        context.gate.give_slot(hold.activation.slot)
+        context.step("proved", hold.device, hold.epoch)
+        return True
+
+    async def swap(self, device: DeviceId, epoch: Epoch, state: DeviceState, reason: str) -> bool:
+        """Pass control to the target. False if that was refused; nothing may be concluded from why."""
+        transaction = swap(self._context.author, state, reason=reason)
+        outcome = await self._context.commit(transaction, device, epoch, "TRANSFERRED")
+        self._context.step("swapped" if isinstance(outcome, Applied) else "swap refused", device, epoch)
+        return isinstance(outcome, Applied)
+
+    async def release(
+        self,
+        device: DeviceId,
+        epochs: frozenset[Epoch],
+        state: DeviceState,
+        reason: str,
+        failure: Availability | None = None,
+    ) -> bool:
+        """Give `epochs` up, which are proved. False if that was refused: read and decide again."""
+        transaction = release(self._context.author, state, epochs, reason=reason, failure=failure)
+        outcome = await self._context.commit(transaction, device, max(epochs), "RELEASED")
+        if isinstance(outcome, Applied):
+            self._context.step("released", device, max(epochs))
+        return isinstance(outcome, Applied)
+
+    def failure(
+        self, device: DeviceId, found: tuple[tuple[KeyValue, ...], ...], reason: str
+    ) -> Availability:
+        """What to say of a failure here, counted on from what was `found` under `availability/`."""
+        failures = 0
+        if found and found[0]:
+            try:
+                failures = decode(Availability, found[0][0]).value.failures
+            except Unreadable as error:
+                _log.error("device %s: its failures are counted anew: %s", device, error)
+        return Availability(
+            device=device,
+            controller=self._context.name,
+            failures=failures + 1,
+            reason=reason,
+            failed_at=timestamp(),
+        )
+
+    async def _say(self, device: DeviceId, reason: str) -> None:
+        key = self._context.keys.availability(device, self._context.name)
+        try:
+            _, found = await self._context.kv.read(get(key), timeout=self._context.timing.call)
+            value = self.failure(device, found, reason)
+            await self._context.kv.put(key, encode(value), timeout=self._context.timing.call)
+        except StoreError as error:
+            _log.warning("device %s: etcd could not be told that it is stuck: %s", device, error)

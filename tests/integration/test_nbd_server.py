@@ -1,0 +1,658 @@
+"""The `nbd` driver with its real worker processes, and real clients: qemu-img, nbdcopy, nbdinfo."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from leasehold.controller.driver import (
+    Activation,
+    ActivationFailed,
+    BadParameters,
+    Driver,
+    DriverContext,
+    FenceKind,
+    NotProved,
+)
+from leasehold.controller.drivers import UnknownDriver, installed, load
+from leasehold.controller.drivers.nbd import NbdDriver
+from leasehold.controller.gate import Gate
+from leasehold.controller.nbd import pool as pool_module
+from leasehold.controller.nbd.locks import hold_lock, lock_path
+from leasehold.controller.nbd.pool import ExportSpec
+from leasehold.controller.nbd.recovery import WorkerAlive, prove_workers_gone
+
+SIZE = 8 << 20
+SECOND = 10**9
+PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "nbdcopy": "libnbd-bin",
+    "nbdinfo": "libnbd-bin",
+    "losetup": "mount",
+}
+READ, WRITE, FLUSH = 0, 1, 3
+ESHUTDOWN = 108
+ERR_UNKNOWN, ERR_SHUTDOWN = 0x8000_0006, 0x8000_0007
+
+
+def missing(what: str) -> None:
+    """Skip, or fail where everything is required to be there."""
+    if os.environ.get("LEASEHOLD_REQUIRE_ALL") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        missing(f"{name} not found (package {PACKAGES[name]})")
+    return path or ""
+
+
+async def run(name: str, *arguments: str, status: int = 0) -> str:
+    """Run a client, and return what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        tool(name), *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate()
+    text = output.decode(errors="replace")
+    assert process.returncode == status, text
+    return text
+
+
+def now() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Site:
+    """A controller's end of the data path: a gate, a driver, and a few images."""
+
+    def __init__(self, directory: Path, workers: int = 1) -> None:
+        self.directory = directory
+        self.unhealthy: list[tuple[str, str]] = []
+        self.gate = Gate.create(directory / "gate", slots=64)
+        self.gate.set_session(now() + 600 * SECOND)
+        context = DriverContext(
+            gate=self.gate,
+            state_dir=directory,
+            data_host="127.0.0.1",
+            listen_host="127.0.0.1",
+            base_port=0,
+            workers=workers,
+            on_unhealthy=lambda device, reason: self.unhealthy.append((device, reason)),
+        )
+        self.driver = NbdDriver(context)
+
+    def image(self, device: str) -> Path:
+        path = self.directory / f"{device}.img"
+        if not path.exists():
+            path.write_bytes(os.urandom(SIZE))
+        return path
+
+    def activation(self, device: str, epoch: int, backing: Path | None = None) -> Activation:
+        parameters = {"backing": str(backing or self.image(device))}
+        return Activation(device, epoch, parameters, self.gate.take_slot())
+
+    async def activate(self, device: str, epoch: int, seconds: float = 600) -> tuple[Activation, str]:
+        activation = self.activation(device, epoch)
+        return activation, await self.begin(activation, seconds)
+
+    async def begin(self, activation: Activation, seconds: float = 600) -> str:
+        await self.driver.prepare(activation)
+        self.gate.open(activation.slot, activation.epoch, now() + int(seconds * SECOND))
+        return await self.driver.activate(activation)
+
+    def pid(self, device: str) -> int:
+        pid = self.driver.pool.pid(device)
+        assert pid is not None
+        return pid
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    site = Site(tmp_path)
+    await site.driver.start()
+    yield site
+    await site.driver.stop()
+    site.gate.close()
+
+
+class Client:
+    """As little of an NBD client as shows single requests. Blocking, with a time-out."""
+
+    def __init__(self, uri: str, name: str | None = None) -> None:
+        match = re.fullmatch(r"nbd://([0-9.]+):(\d+)/(.+)", uri)
+        assert match, uri
+        self.sock = socket.create_connection((match[1], int(match[2])), timeout=10)
+        try:
+            self.refusal = self._go((name or match[3]).encode())
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def take(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            some = self.sock.recv(count - len(data))
+            if not some:
+                raise ConnectionResetError("closed")
+            data += some
+        return data
+
+    def send(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
+        length = length or len(data)
+        self.sock.sendall(struct.pack(">IHHQQI", 0x25609513, 0, command, 1, offset, length) + data)
+
+    def reply(self) -> int:
+        return int(struct.unpack(">IIQ", self.take(16))[1])
+
+    def ask(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"") -> int:
+        self.send(command, offset, length, data)
+        return self.reply()
+
+    def accepts_writes(self) -> bool:
+        """One write: True if it is acknowledged, False if it is refused or the connection was reset."""
+        try:
+            answer = self.ask(WRITE, 0, data=bytes(4096))
+        except (ConnectionResetError, BrokenPipeError):
+            return False
+        assert answer in (0, ESHUTDOWN)
+        return answer == 0
+
+    def closed(self) -> bool:
+        """Waits for the server to close or reset the connection."""
+        try:
+            while self.sock.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+        return True
+
+    def _go(self, name: bytes) -> int | None:
+        self.take(18)
+        body = struct.pack(">I", len(name)) + name + b"\0\0"
+        self.sock.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 7, len(body)) + body)
+        while True:
+            _, _, kind, length = struct.unpack(">QIII", self.take(20))
+            self.take(length)
+            if kind != 3:
+                return None if kind == 1 else int(kind)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        await asyncio.sleep(0.005)
+
+
+def ended(pid: int, seconds: float = 10) -> bool:
+    """Waits for the end of a process that need not be a child."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], seconds)[0])
+    finally:
+        os.close(pidfd)
+
+
+# Real clients
+
+
+async def test_nbdinfo_describes_and_lists(site: Site) -> None:
+    _, uri = await site.activate("disk-1", 42)
+    await site.activate("disk-2", 7)
+    assert uri.endswith("/disk-1-42")
+    about = json.loads(await run("nbdinfo", "--json", uri))["exports"][0]
+    assert about["export-size"] == SIZE
+    assert about["block_size_maximum"] == 32 << 20
+    assert about["can_multi_conn"]
+    assert about["can_fua"]
+    assert not about["is_read_only"]
+    listed = json.loads(await run("nbdinfo", "--json", "--list", uri))["exports"]
+    assert {export["export-name"] for export in listed} == {"disk-1-42", "disk-2-7"}
+
+
+async def test_qemu_img_compares_and_converts(site: Site, tmp_path: Path) -> None:
+    _, uri = await site.activate("disk-1", 1)
+    image = site.image("disk-1")
+    assert "8 MiB" in await run("qemu-img", "info", "-f", "raw", uri)
+    await run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, str(image))
+    await run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", uri, str(tmp_path / "out.qcow2"))
+    await run("qemu-img", "compare", str(tmp_path / "out.qcow2"), str(image))
+    source = tmp_path / "source"
+    # Data, a hole and data again, so that zeroes are written as zeroes.
+    source.write_bytes(os.urandom(2 << 20) + bytes(4 << 20) + os.urandom(2 << 20))
+    await run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), uri)
+    assert image.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+async def test_nbdcopy_both_ways(site: Site, tmp_path: Path, connections: int) -> None:
+    activation, uri = await site.activate("disk-1", 1)
+    how = [f"--connections={connections}", "--request-size=1048576"]
+    (tmp_path / "out").write_bytes(b"")
+    await run("nbdcopy", *how, uri, str(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes() == site.image("disk-1").read_bytes()
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(SIZE))
+    await run("nbdcopy", *how, "--flush", str(source), uri)
+    assert site.image("disk-1").read_bytes() == source.read_bytes()
+    await site.driver.deactivate(activation, drain=1)
+
+
+async def test_a_stale_path_reaches_no_later_epoch(site: Site) -> None:
+    old, stale = await site.activate("disk-1", 1)
+    await site.driver.deactivate(old, drain=1)
+    _, fresh = await site.activate("disk-1", 2)
+    assert "not available" in await run("nbdinfo", stale, status=1)
+    with Client(stale) as client:
+        assert client.refusal == ERR_UNKNOWN
+    with Client(fresh) as client:
+        assert client.refusal is None
+
+
+# The gate
+
+
+async def test_prepared_is_not_served(site: Site) -> None:
+    activation = site.activation("disk-1", 1)
+    await site.driver.prepare(activation)
+    port = site.driver.pool.port("disk-1")
+    with Client(f"nbd://127.0.0.1:{port}/disk-1-1") as client:
+        assert client.refusal == ERR_SHUTDOWN
+    with pytest.raises(ActivationFailed, match="has ended"):
+        await site.driver.activate(activation)
+    assert await site.driver.verify(activation) == "its export is prepared"
+
+
+async def test_a_gate_that_shuts_stops_a_stream(site: Site) -> None:
+    activation, uri = await site.activate("disk-1", 1)
+    with Client(uri) as client:
+        for at in range(10):
+            assert client.ask(WRITE, at * 4096, data=bytes(4096)) == 0
+        before = site.image("disk-1").read_bytes()
+        site.gate.shut(activation.slot)
+        assert client.ask(WRITE, 0, data=b"\xff" * 4096) == ESHUTDOWN
+        assert client.closed()
+    assert site.image("disk-1").read_bytes() == before
+    with Client(uri) as client:
+        assert client.refusal == ERR_SHUTDOWN
+
+
+async def test_a_gate_that_shuts_stops_nbdcopy(site: Site, tmp_path: Path) -> None:
+    """A copy of 64 sparse gigabytes would take long; it fails as soon as the gate shuts."""
+    big = tmp_path / "big.img"
+    with big.open("wb") as file:
+        file.truncate(64 << 30)
+    activation = site.activation("big", 1, big)
+    uri = await site.begin(activation)
+    spec = ExportSpec("big", 1, str(big), activation.slot)
+    copy = await asyncio.create_subprocess_exec(
+        tool("nbdcopy"), uri, "null:", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(10):
+            while await site.driver.pool.clients(spec) == 0:
+                assert copy.returncode is None
+        site.gate.shut(activation.slot)
+        async with asyncio.timeout(10):
+            _, complaint = await copy.communicate()
+    finally:
+        if copy.returncode is None:
+            copy.kill()
+            await copy.wait()
+    assert copy.returncode != 0
+    assert b"shutdown" in complaint or b"reset" in complaint or b"Connection" in complaint, complaint
+
+
+async def test_the_deadline_alone_stops_io_and_resets(site: Site) -> None:
+    activation, uri = await site.activate("disk-1", 1, seconds=0.4)
+    deadline = site.gate.deadline(activation.slot)
+    with Client(uri) as idle, Client(uri) as busy:
+        last = 0
+        while await asyncio.to_thread(busy.accepts_writes):
+            last = now()
+        assert last > 0
+        # Its reply may come a little later than the write it is about.
+        assert last < deadline + SECOND // 5
+        assert await asyncio.to_thread(idle.closed)
+        assert deadline <= now() < deadline + SECOND
+    with Client(uri) as client:
+        assert client.refusal == ERR_SHUTDOWN
+
+
+async def test_an_extended_deadline_lets_it_go_on(site: Site) -> None:
+    activation, uri = await site.activate("disk-1", 1, seconds=0.4)
+    deadline = site.gate.deadline(activation.slot)
+    assert site.gate.extend(activation.slot, 1, now() + 600 * SECOND)
+    with Client(uri) as client:
+        while now() < deadline + SECOND // 5:
+            assert await asyncio.to_thread(client.ask, READ, 0, 4096) == 0
+            await asyncio.to_thread(client.take, 4096)
+
+
+async def test_the_end_of_the_session_stops_every_device(site: Site) -> None:
+    uris = [(await site.activate(device, 1))[1] for device in ("a", "b", "c")]
+    clients = [Client(uri) for uri in uris]
+    site.gate.set_session(0)
+    for client in clients:
+        with client:
+            assert client.ask(FLUSH) == ESHUTDOWN
+            assert client.closed()
+
+
+# Withdrawing
+
+
+async def test_withdraw_waits_for_a_request_under_way(site: Site) -> None:
+    activation, uri = await site.activate("disk-1", 1)
+    data = os.urandom(4096)
+    with Client(uri) as busy, Client(uri) as other:
+        busy.send(WRITE, 0, 4096, data[:1])
+        # An answer on the same worker later does not prove that the half request was read; its effect does.
+        withdrawing = asyncio.create_task(site.driver.deactivate(activation, drain=30))
+        while await site.driver.verify(activation) != "its export is draining":
+            assert not withdrawing.done()
+        assert await asyncio.to_thread(other.ask, FLUSH) == ESHUTDOWN
+        assert not withdrawing.done()
+        busy.sock.sendall(data[1:])
+        assert await asyncio.to_thread(busy.reply) == 0
+        async with asyncio.timeout(10):
+            await withdrawing
+        assert busy.closed()
+    assert site.image("disk-1").read_bytes()[:4096] == data
+
+
+async def test_withdraw_is_idempotent_and_knows_epochs_it_never_had(site: Site) -> None:
+    activation, _ = await site.activate("disk-1", 5)
+    await site.driver.deactivate(activation, drain=1)
+    await site.driver.deactivate(activation, drain=1)
+    await site.driver.deactivate(site.activation("disk-1", 4), drain=1)
+    gone = site.activation("nowhere", 1, site.directory / "nowhere.img")
+    with pytest.raises(ActivationFailed, match="No such file"):
+        await site.driver.prepare(gone)
+    await site.driver.deactivate(gone, drain=1)
+
+
+async def test_a_stopped_worker_is_killed_and_its_other_devices_come_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_WITHDRAW_GRACE", 0.2)
+    monkeypatch.setattr(pool_module, "_STATUS_SECONDS", 0.2)
+    first, _ = await site.activate("disk-1", 1)
+    second, uri = await site.activate("disk-2", 1)
+    stopped = site.pid("disk-1")
+    os.kill(stopped, signal.SIGSTOP)
+    assert "did not answer" in str(await site.driver.verify(first))
+    async with asyncio.timeout(10):
+        await site.driver.deactivate(first, drain=0.1)
+    assert ended(stopped, 0)
+    await healthy(site, second)
+    with Client(uri) as client:
+        assert client.ask(READ, 0, 512) == 0
+    with Client(uri, "disk-1-1") as client:
+        assert client.refusal == ERR_UNKNOWN
+    assert site.unhealthy == []
+
+
+async def healthy(site: Site, activation: Activation) -> None:
+    async with asyncio.timeout(20):
+        while await site.driver.verify(activation) is not None:
+            pass
+
+
+# Workers that die
+
+
+async def test_a_killed_worker_comes_back_on_its_port(site: Site) -> None:
+    kept, uri = await site.activate("disk-1", 1)
+    ended_hold, stale = await site.activate("disk-2", 1)
+    prepared = site.activation("disk-3", 1)
+    await site.driver.prepare(prepared)
+    site.gate.shut(ended_hold.slot)
+    killed = site.pid("disk-1")
+    with Client(uri) as client:
+        os.kill(killed, signal.SIGKILL)
+        assert client.closed()
+    # At once and to the same address: it waits in the backlog for the next worker.
+    with Client(uri) as client:
+        await healthy(site, kept)
+    assert site.pid("disk-1") != killed
+    with Client(uri) as client:
+        assert client.refusal is None
+        assert client.ask(READ, 0, 512) == 0
+    with Client(stale) as client:
+        assert client.refusal == ERR_UNKNOWN
+    site.gate.open(prepared.slot, 1, now() + 600 * SECOND)
+    await site.driver.activate(prepared)
+    assert site.unhealthy == []
+
+
+async def test_a_device_that_does_not_come_back_is_reported(site: Site) -> None:
+    await site.activate("disk-1", 1)
+    kept, _ = await site.activate("disk-2", 1)
+    site.image("disk-1").unlink()
+    os.kill(site.pid("disk-1"), signal.SIGKILL)
+    await until(lambda: bool(site.unhealthy))
+    await healthy(site, kept)
+    assert site.unhealthy == [("disk-1", "No such file or directory")]
+
+
+PARENT = """
+import asyncio, sys, time
+from pathlib import Path
+from leasehold.controller.driver import Activation, DriverContext
+from leasehold.controller.drivers.nbd import NbdDriver
+from leasehold.controller.gate import Gate
+
+async def main(directory):
+    gate = Gate.create(directory / "gate")
+    far = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + 600 * 10**9
+    gate.set_session(far)
+    driver = NbdDriver(DriverContext(gate, directory, "127.0.0.1", "127.0.0.1", 0, 2, print))
+    await driver.start()
+    hold = Activation("disk-1", 1, {"backing": str(directory / "disk-1.img")}, gate.take_slot())
+    await driver.prepare(hold)
+    gate.open(hold.slot, 1, far)
+    print(await driver.activate(hold), driver.pool.pid("disk-1"), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def test_the_exports_die_with_the_controller(tmp_path: Path) -> None:
+    (tmp_path / "disk-1.img").write_bytes(bytes(SIZE))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        uri, pid = parent.stdout.readline().split()
+        with Client(uri) as client:
+            assert client.ask(READ, 0, 512) == 0
+            client.take(512)
+            parent.kill()
+            assert ended(int(pid))
+            assert client.closed()
+    with pytest.raises(ConnectionRefusedError):
+        Client(uri)
+    asyncio.run(prove_workers_gone(tmp_path, 5))
+
+
+# Recovery
+
+HOLDER = """
+import sys
+from pathlib import Path
+from leasehold.controller.nbd.locks import hold_lock
+hold_lock(Path(sys.argv[1]), 0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_worker_left_over_is_killed(tmp_path: Path) -> None:
+    left = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == "held\n"
+        os.kill(left.pid, signal.SIGSTOP)
+        asyncio.run(prove_workers_gone(tmp_path, 10))
+        assert left.wait(0) == -signal.SIGKILL
+
+
+async def test_whoever_is_not_the_one_named_is_not_killed(tmp_path: Path) -> None:
+    """The lock is held, and the number in the file is another process's by now: ours."""
+    lock = hold_lock(tmp_path, 0)
+    lock_path(tmp_path, 0).write_text(f"{os.getpid()} 1\n")
+    with pytest.raises(WorkerAlive, match=r"worker-0\.lock is still locked"):
+        await prove_workers_gone(tmp_path, 0.2)
+    os.close(lock)
+    await prove_workers_gone(tmp_path, 0.2)
+
+
+# Spec and port
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({}, "backing"),
+        ({"backing": ""}, "backing"),
+        ({"backing": "relative.img"}, "backing"),
+        ({"backing": "-o,shell"}, "backing"),
+        ({"backing": "/a/../b"}, "backing"),
+        ({"backing": "//host/share"}, "backing"),
+        ({"backing": "/a\0b"}, "backing"),
+        ({"backing": "/a\nb"}, "backing"),
+        ({"backing": "/" + "a" * 5000}, "backing"),
+        ({"backing": "/a", "cache": "unsafe"}, "cache"),
+    ],
+)
+async def test_bad_parameters_name_their_field(site: Site, parameters: dict[str, str], field: str) -> None:
+    with pytest.raises(BadParameters) as caught:
+        await site.driver.check(parameters)
+    assert caught.value.field == field
+
+
+async def test_probe(site: Site) -> None:
+    async def probe(path: Path) -> str | None:
+        return await site.driver.probe("disk-1", {"backing": str(path)})
+
+    empty = site.directory / "empty.img"
+    empty.touch()
+    os.mkfifo(site.directory / "fifo")
+    assert await probe(site.image("disk-1")) is None
+    assert "No such file" in str(await probe(site.directory / "nowhere"))
+    assert "neither a regular file" in str(await probe(site.directory))
+    assert "neither a regular file" in str(await probe(site.directory / "fifo"))
+    assert "is empty" in str(await probe(empty))
+
+
+async def test_the_entry_point(site: Site) -> None:
+    assert "nbd" in installed()
+    context = site.driver._context
+    driver = load("nbd", context)
+    assert isinstance(driver, Driver)
+    assert driver.fence_kind is FenceKind.GATE
+    with pytest.raises(UnknownDriver, match="no driver 'floppy'"):
+        load("floppy", context)
+
+
+async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:
+    gate = Gate.create(tmp_path / "gate")
+    gate.set_session(now() + 600 * SECOND)
+    driver = NbdDriver(DriverContext(gate, tmp_path, "::1", "::1", 0, 1, lambda *_: None))
+    try:
+        await driver.start()
+    except Exception as error:  # noqa: BLE001
+        await driver.stop()
+        gate.close()
+        missing(f"no IPv6 loopback: {error}")
+    (tmp_path / "d.img").write_bytes(bytes(SIZE))
+    hold = Activation("d", 3, {"backing": str(tmp_path / "d.img")}, gate.take_slot())
+    await driver.prepare(hold)
+    gate.open(hold.slot, 3, now() + 600 * SECOND)
+    uri = await driver.activate(hold)
+    assert re.fullmatch(r"nbd://\[::1\]:\d+/d-3", uri)
+    assert str(SIZE) in await run("nbdinfo", "--size", uri)
+    await driver.stop()
+    gate.close()
+
+
+# Block devices
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Path]:
+    """A loop device over an image."""
+    if os.geteuid() != 0:
+        missing("loop devices need root")
+    image = tmp_path / "loop.img"
+    image.write_bytes(os.urandom(SIZE))
+    done = subprocess.run(
+        [tool("losetup"), "-f", "--show", image], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        missing(f"no loop device: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    yield Path(device)
+    subprocess.run([tool("losetup"), "-d", device], check=True)
+
+
+async def test_a_block_device_is_taken_alone_and_proved_free(site: Site, loop: Path, tmp_path: Path) -> None:
+    activation = site.activation("lun", 1, loop)
+    uri = await site.begin(activation)
+    with pytest.raises(OSError, match="busy"):
+        os.open(loop, os.O_RDWR | os.O_EXCL)
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(2 << 20) + bytes(4 << 20) + os.urandom(2 << 20))
+    await run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), uri)
+    await run("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), uri)
+    await site.driver.deactivate(activation, drain=1)
+    assert (tmp_path / "loop.img").read_bytes() == source.read_bytes()
+    os.close(os.open(loop, os.O_RDWR | os.O_EXCL))
+
+
+async def test_a_block_device_in_use_is_neither_taken_nor_proved(site: Site, loop: Path) -> None:
+    activation = site.activation("lun", 1, loop)
+    other = os.open(loop, os.O_RDWR | os.O_EXCL)
+    try:
+        with pytest.raises(ActivationFailed, match="busy"):
+            await site.driver.prepare(activation)
+        with pytest.raises(NotProved, match="busy"):
+            await site.driver.deactivate(activation, drain=1)
+    finally:
+        os.close(other)
+    await site.driver.deactivate(activation, drain=1)
