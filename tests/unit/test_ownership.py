@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -480,7 +481,7 @@ def test_no_source_puts_a_holder_without_naming_its_lease() -> None:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name.lower() != "put" or "holder" not in ast.unparse(node.args[0]):
+            if name.lower() != "put" or not re.search(r"holder\.key$|\.holder\(", ast.unparse(node.args[0])):
                 continue
             found += 1
             named = {keyword.arg for keyword in node.keywords}

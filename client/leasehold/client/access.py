@@ -94,6 +94,7 @@ class Access:
         self._contact = 0.0
         self._ttl = 0.0
         self._ended: LeaseholdError | None = None
+        self._abandoned = False
 
     @property
     def path(self) -> str:
@@ -123,6 +124,14 @@ class Access:
     def request(self) -> str:
         """The id of the request, for `get requests` and the history."""
         return self._request.request_id
+
+    def abandon(self) -> None:
+        """Leave without giving the access back: it ends by itself, one access TTL after leaving.
+
+        For a client that is not certain to have stopped using the path. The next one then begins a new epoch,
+        under which this path is dead.
+        """
+        self._abandoned = True
 
     async def changes(self) -> AsyncIterator[Change]:
         """What happens to the access from its grant on, each change once. Ends after `Ended`."""
@@ -158,7 +167,7 @@ class Access:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lost = self._ended
-        await self._leave(give_back=lost is None)
+        await self._leave(give_back=lost is None and not self._abandoned)
         if lost is not None and error is None:
             raise lost
 

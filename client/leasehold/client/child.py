@@ -27,6 +27,9 @@ def main() -> int:
     # Whoever died before the call above was heard of by nobody.
     if os.getppid() != parent:
         return 125
+    # The interpreter ignores these, and what is ignored stays ignored in COMMAND.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606 - this is what it is for
     except FileNotFoundError:

@@ -54,11 +54,14 @@ class Activator:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    async def bring_up(self, hold: Hold, spec: Device) -> None:
-        """From PREPARING to SERVING. `spec` is what the activation was made from.
+    async def bring_up(self, hold: Hold) -> None:
+        """From PREPARING to SERVING.
 
         Raises Overtaken, DriverError or StoreError, or is cancelled: the hold then has to end, by proof.
         """
+        spec = hold.spec
+        if spec is None:
+            raise AssertionError(f"{hold}: nothing says what to activate")
         try:
             self._context.timing.check_ttl("ttl_seconds", spec.ttl)
         except TimingRefused as error:

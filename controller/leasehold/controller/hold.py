@@ -38,6 +38,7 @@ from leasehold.store.records import (
     NO_REQUEST,
     Controller,
     ControllerId,
+    Device,
     DeviceId,
     Epoch,
     Holder,
@@ -210,6 +211,8 @@ class Hold:
     gate: Gate
     on_end: Callable[["Hold"], None]
     phase: Phase = Phase.PREPARING
+    spec: Device | None = None
+    """What the activation was made from; None for one that is only to be proved over."""
     lease: Lease | None = None
     path: str = ""
     request: RequestId = NO_REQUEST
@@ -217,10 +220,10 @@ class Hold:
     failed: bool = False
     graceful: bool = False
     attempt: "asyncio.Task[None] | None" = None
+    _guard: "asyncio.Task[None] | None" = field(default=None, repr=False)
     proofs_missed: int = 0
     tried: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set once the driver was asked to end it, with or without success."""
-    _watch: Callable[[], None] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return (
@@ -235,7 +238,8 @@ class Hold:
         if self.phase is not Phase.PREPARING or not lease.alive:
             return False
         self.gate.open(self.activation.slot, self.epoch, lease.deadline)
-        self._watch = lease.watch_deadline(self._extended)
+        lease.watch_deadline(self._extended)
+        self._guard = asyncio.create_task(self._until_lost(lease), name=f"lease of {self.device}")
         return True
 
     def serving(self, path: str) -> None:
@@ -249,7 +253,8 @@ class Hold:
         have under way may finish while the driver takes no more, and the deadlines go on guarding it.
         """
         if self.phase in (Phase.ENDING, Phase.PROVED):
-            if not graceful:
+            if self.phase is Phase.ENDING and not graceful:
+                self.graceful = False
                 self.gate.shut(self.activation.slot)
             return
         self.graceful = graceful and self.phase is Phase.SERVING
@@ -272,11 +277,14 @@ class Hold:
     def proved(self) -> None:
         """The driver has proved that nothing here writes in this epoch any more."""
         self.gate.shut(self.activation.slot)
-        if self._watch is not None:
-            self._watch()
-            self._watch = None
+        if self._guard is not None:
+            self._guard.cancel()
         self._to(Phase.PROVED)
         self.tried.set()
+
+    async def _until_lost(self, lease: Lease) -> None:
+        await lease.lost.wait()
+        self.end("the lease of the device ran out, or was revoked")
 
     def _extended(self, deadline: int) -> None:
         if self.phase in (Phase.PREPARING, Phase.SERVING) or self.graceful:

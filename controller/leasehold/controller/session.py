@@ -73,7 +73,6 @@ class Session:
             break
         self._registered = registered
         self.lost.clear()
-        context.gate.set_session(registered.lease.deadline)
         registered.lease.watch_deadline(lambda deadline: self._renewed(registered, deadline))
         _log.info(
             "registered as %s, instance %s, session %s",

@@ -53,6 +53,11 @@ class KeyedWorker(Generic[K]):
             timer.cancel()
         self._later[key] = loop.call_at(due, self._due, key)
 
+    async def idle(self) -> None:
+        """Return when nothing runs. What is to be tried again later does not count."""
+        while self._running:
+            await asyncio.wait(set(self._running.values()))
+
     async def close(self) -> None:
         """Stop whatever runs. Nothing is worked on any more."""
         self._closed = True

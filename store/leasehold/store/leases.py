@@ -24,15 +24,15 @@ import heapq
 import itertools
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from leasehold.etcd.v3 import lease_pb2
 from leasehold.store.clock import NANOSECONDS, Clock, boottime_ns
 from leasehold.store.connection import ATTEMPT, Backoff, Connection, Method, Stream
 from leasehold.store.errors import (
-    AccessDenied,
     LeaseExists,
     LeaseNotFound,
     OutcomeUnknown,
@@ -58,6 +58,9 @@ _LONGEST_NAP = 0.5
 """Seconds. The loop's clock stands still while the host is suspended and the boot clock does not, so nobody may
 sleep long on the loop's clock for something that is due by the other."""
 
+# After a stall of the event loop a timer and a reply may both be due; the reply then counts.
+_GRACE = 0.05
+
 _log = logging.getLogger(__name__)
 
 
@@ -72,8 +75,9 @@ def margin_ns(ttl: int) -> int:
 class Lease:
     """One lease that this process keeps. Made by a `LeaseKeeper`.
 
-    `ttl` is what etcd granted, in seconds. `lost` is set when the lease ended, or can no longer be known to
-    live, without this process having wished so; it is never cleared, and `alive` is False from then on.
+    `ttl` is what etcd granted, in seconds. `deadline` is a reading of the boot clock, in nanoseconds, until
+    which it is safe to act. `lost` is set when the lease ended, or can no longer be known to live, without
+    this process having wished so; it is never cleared.
     """
 
     def __init__(self, keeper: "LeaseKeeper", lease_id: int, ttl: int, deadline: int) -> None:
@@ -81,10 +85,12 @@ class Lease:
         self.ttl = ttl
         self.deadline = deadline
         self.lost = asyncio.Event()
-        self.paused = False
-        self.kept = False
         self._keeper = keeper
         self._callbacks: list[Callable[[int], None]] = []
+        # The keeper's: whether it renews this lease, and the one entry of its heap that counts.
+        self._kept = False
+        self._paused = False
+        self._due = 0
 
     def __repr__(self) -> str:
         return f"<Lease {self.id:016x} of {self.ttl} s>"
@@ -94,47 +100,66 @@ class Lease:
         """Whether it is safe to act, as of now."""
         return not self.lost.is_set() and self._keeper.clock() < self.deadline
 
-    def watch_deadline(self, callback: Callable[[int], None]) -> None:
-        """Call `callback` with the deadline, in boot clock nanoseconds, now and at each confirmed extension."""
+    def watch_deadline(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Call `callback` with the new deadline at each confirmed extension, until what is returned is called.
+
+        A loss is no extension: `lost` tells it.
+        """
         self._callbacks.append(callback)
-        callback(self.deadline)
+
+        def end() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return end
 
     def pause(self) -> None:
         """Stop renewing, for as long as what the lease stands for is not healthy. The deadline stays."""
-        self.paused = True
+        self._paused = True
 
     def resume(self) -> None:
         """Renew again, at once."""
-        if self.paused:
-            self.paused = False
-            self._keeper.renew_now(self)
+        if self._paused:
+            self._paused = False
+            self._keeper._schedule(self, self._keeper.clock())
 
-    def extend(self, deadline: int, ttl: int) -> None:
-        """For the keeper: etcd confirmed `deadline`."""
+    def _extend(self, ttl: int, deadline: int) -> None:
         self.ttl = ttl
-        if deadline > self.deadline:
-            self.deadline = deadline
-            for callback in self._callbacks:
-                callback(deadline)
+        if deadline <= self.deadline:
+            return
+        self.deadline = deadline
+        for callback in tuple(self._callbacks):
+            callback(deadline)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One stream and the renewals on it that wait for a reply, oldest first, with when they were sent."""
+
+    stream: Stream[lease_pb2.LeaseKeepAliveRequest, lease_pb2.LeaseKeepAliveResponse]
+    heard: int
+    pending: dict[int, tuple[Lease, int]] = field(default_factory=dict)
 
 
 class LeaseKeeper:
     """Grants leases and keeps them. Use it as `async with LeaseKeeper(connection) as keeper`.
 
-    On leaving, renewing ends and the pool of spares is given back; leases that were handed out run out by
-    themselves, unless revoked. `spares` is how many leases the pool holds for each TTL asked for.
+    On leaving, renewing ends, nothing is reported lost any more, and the pool of spares is given back. Leases
+    that were handed out run out by themselves, unless revoked. `spares` is how many leases the pool holds for
+    each TTL asked for.
     """
 
     def __init__(self, connection: Connection, *, clock: Clock = boottime_ns, spares: int = 4) -> None:
         self.clock = clock
         self._connection = connection
         self._leases: dict[int, Lease] = {}
-        # Both heaps are lazy: an entry may be for a lease that is kept no more, or was extended since.
+        # Both heaps are lazy: an entry may be of a lease that is kept no more, or was extended since.
         self._due: list[tuple[int, int, Lease]] = []
         self._deadlines: list[tuple[int, int, Lease]] = []
         self._order = itertools.count()
         self._due_changed = asyncio.Event()
         self._deadlines_changed = asyncio.Event()
+        self._silence = int(ATTEMPT * NANOSECONDS)
         self._spare_count = spares
         self._spares: dict[int, list[Lease]] = {}
         self._refills: dict[int, asyncio.Task[None]] = {}
@@ -154,40 +179,280 @@ class LeaseKeeper:
         unused = [lease for pool in self._spares.values() for lease in pool]
         self._spares.clear()
         # A courtesy: without an answer they run out by themselves.
-        await asyncio.gather(
-            *(self.revoke(lease.id, timeout=ATTEMPT) for lease in unused), return_exceptions=True
-        )
+        revocations = (self.revoke(lease.id, timeout=ATTEMPT) for lease in unused)
+        await asyncio.gather(*revocations, return_exceptions=True)
 
     async def grant(self, ttl: int, *, timeout: float | None = None) -> Lease:
         """A new lease of at least `ttl` seconds, kept from now on. Costs etcd a commit; see `spare`.
 
-        Raises `Unavailable` when etcd does not grant one within `timeout` seconds, the connection's own by
-        default. A lease whose grant was not answered in the end is not kept, and runs out.
+        Raises `Unavailable` when none is known to be granted within `timeout` seconds, the connection's own by
+        default. A lease that was granted without our knowing is not kept, and runs out.
         """
         if ttl < 1:
             raise ValueError(f"a lease must last at least 1 second, not {ttl}")
         loop = asyncio.get_running_loop()
         end = loop.time() + (self._connection.config.timeout if timeout is None else timeout)
         while True:
-            # Chosen here, so that a grant whose answer was lost can be sent again and is still the same lease.
+            # Chosen here, so that a grant whose reply was lost can be sent again and is still the same lease.
             lease_id = random.SystemRandom().randrange(1, 1 << 63)
-            before = self.clock()
-            granted = await self._grant(lease_id, ttl, end)
-            if granted:
-                return self._keep(Lease(self, lease_id, granted, self._deadline(before, granted)))
+            before, granted = await self._grant(lease_id, ttl, end)
+            lease = Lease(self, lease_id, granted, _deadline(before, granted))
+            if lease.alive:
+                return self._keep(lease)
+            if loop.time() >= end:
+                raise Unavailable(f"no lease of {ttl} s was granted in time")
+
+    async def spare(self, ttl: int, *, timeout: float | None = None) -> Lease:
+        """As `grant`, but from a pool that is filled in the background: no commit to wait for, as a rule."""
+        pool = self._spares.setdefault(ttl, [])
+        living = [lease for lease in pool if lease.alive]
+        freshest = max(living, key=lambda lease: lease.deadline, default=None)
+        pool[:] = [lease for lease in living if lease is not freshest]
+        if ttl not in self._refills:
+            self._refills[ttl] = asyncio.create_task(self._refill(ttl, pool))
+        return freshest or await self.grant(ttl, timeout=timeout)
 
     async def adopt(self, lease_id: int, ttl: int, *, timeout: float | None = None) -> Lease:
-        """Keep a lease that was granted elsewhere, from its first renewal, which this waits for.
+        """Keep a lease that was granted elsewhere, said to be of `ttl` seconds, once it has been renewed.
 
-        `ttl` is what it is said to have; etcd's answer counts. Raises `LeaseNotFound` if it is gone, and
-        `Unavailable` when there is no answer within `timeout` seconds.
+        Raises `LeaseNotFound` if it is gone, `Unavailable` when there is no answer within `timeout` seconds.
         """
         if known := self._leases.get(lease_id):
             return known
-        seconds = self._connection.config.timeout if timeout is None else timeout
-        answered = asyncio.Event()
-        lease = Lease(self, lease_id, ttl, self.clock() + int(seconds * NANOSECONDS))
-        before = lease.deadline
-        self._keep(lease, at_once=True)
-        confirmed = _Once(lease, answered)
-        raise NotImplementedError(before, confirmed)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (self._connection.config.timeout if timeout is None else timeout)
+        before, granted = await self._renew_once(lease_id, end)
+        if not granted:
+            raise LeaseNotFound(f"the lease {lease_id:016x} of {ttl} s is gone")
+        return self._keep(Lease(self, lease_id, granted, _deadline(before, granted)))
+
+    async def revoke(self, lease_id: int, *, timeout: float | None = None) -> None:
+        """End a lease and delete the keys attached to it. No error if it is gone already.
+
+        From the call on, a lease kept here is not alive; it is not reported lost, for it was wished so.
+        """
+        if lease := self._leases.get(lease_id):
+            self.forget(lease)
+            lease.deadline = 0
+        try:
+            await self._connection.read(REVOKE, lease_pb2.LeaseRevokeRequest(ID=lease_id), timeout=timeout)
+        except LeaseNotFound:
+            return
+
+    def forget(self, lease: Lease) -> None:
+        """Stop keeping `lease`. It runs out by itself, its deadline stays, and no loss is reported."""
+        lease._kept = False
+        if self._leases.get(lease.id) is lease:
+            del self._leases[lease.id]
+
+    async def time_to_live(self, lease_id: int, *, timeout: float | None = None) -> int | None:
+        """Whole seconds that the lease has left without renewal, or None if it is gone."""
+        request = lease_pb2.LeaseTimeToLiveRequest(ID=lease_id)
+        reply = await self._connection.read(TIME_TO_LIVE, request, timeout=timeout)
+        return max(reply.TTL, 0) if reply.grantedTTL else None
+
+    async def _grant(self, lease_id: int, ttl: int, end: float) -> tuple[int, int]:
+        """A clock reading from before the grant, and the seconds granted, 0 if this id can not be had."""
+        loop = asyncio.get_running_loop()
+        request = lease_pb2.LeaseGrantRequest(ID=lease_id, TTL=ttl)
+        backoff = Backoff(len(self._connection.endpoints))
+        sent = False
+        while True:
+            before = self.clock()
+            try:
+                reply = await self._connection.write(GRANT, request, timeout=max(end - loop.time(), 0.01))
+            except OutcomeUnknown as error:
+                sent = True
+                pause = backoff.next()
+                if loop.time() + pause >= end:
+                    raise Unavailable(f"no lease of {ttl} s was granted in time: {error}") from error
+                await asyncio.sleep(pause)
+            except LeaseExists:
+                # Ours if we asked for it before: nobody else finds the same 63 random bits.
+                return await self._renew_once(lease_id, end) if sent else (before, 0)
+            else:
+                return before, reply.TTL
+
+    async def _renew_once(self, lease_id: int, end: float) -> tuple[int, int]:
+        """A clock reading from before a renewal, and the seconds it gave, 0 if the lease is gone."""
+        loop = asyncio.get_running_loop()
+        backoff = Backoff(len(self._connection.endpoints))
+        while True:
+            endpoint = self._connection.current
+            before = self.clock()
+            try:
+                stream = await self._connection.open(KEEP_ALIVE)
+                endpoint = stream.endpoint
+                try:
+                    async with asyncio.timeout(ATTEMPT):
+                        await stream.write(lease_pb2.LeaseKeepAliveRequest(ID=lease_id))
+                        reply = await stream.read()
+                finally:
+                    stream.cancel()
+            except (Unavailable, TimeoutError) as error:
+                self._connection.failed(endpoint)
+                pause = backoff.next()
+                if loop.time() + pause >= end:
+                    raise Unavailable(
+                        f"the lease {lease_id:016x} was not renewed in time: {error}"
+                    ) from error
+                await asyncio.sleep(pause)
+            else:
+                return before, reply.TTL
+
+    async def _refill(self, ttl: int, pool: list[Lease]) -> None:
+        missing = self._spare_count - len(pool)
+        try:
+            for granting in asyncio.as_completed([self.grant(ttl) for _ in range(missing)]):
+                pool.append(await granting)
+        except StoreError as error:
+            # The next caller grants its own, and begins this anew.
+            _log.warning("no spare leases of %d s: %s", ttl, error)
+        finally:
+            del self._refills[ttl]
+
+    def _keep(self, lease: Lease) -> Lease:
+        lease._kept = True
+        self._leases[lease.id] = lease
+        # Of a short lease a second of silence would be most of the time there is.
+        self._silence = min(self._silence, max(lease.ttl * NANOSECONDS // 8, NANOSECONDS // 4))
+        self._schedule(lease, self.clock() + _interval(lease.ttl, least=0.25))
+        heapq.heappush(self._deadlines, (lease.deadline, next(self._order), lease))
+        self._deadlines_changed.set()
+        return lease
+
+    def _schedule(self, lease: Lease, due: int) -> None:
+        lease._due = due
+        heapq.heappush(self._due, (due, next(self._order), lease))
+        self._due_changed.set()
+
+    def _lose(self, lease: Lease, why: str) -> None:
+        self.forget(lease)
+        _log.warning("lost %r: %s", lease, why)
+        lease.lost.set()
+
+    async def _expire(self) -> None:
+        """Rule 4."""
+        while True:
+            while self._deadlines:
+                deadline, _, lease = self._deadlines[0]
+                if lease._kept and deadline < lease.deadline:
+                    heapq.heapreplace(self._deadlines, (lease.deadline, next(self._order), lease))
+                    continue
+                if lease._kept and self.clock() < deadline:
+                    break
+                heapq.heappop(self._deadlines)
+                if lease._kept:
+                    self._lose(lease, "it could not be renewed before its deadline")
+            await self._nap(self._deadlines_changed, self._deadlines)
+
+    async def _renew(self) -> None:
+        """Rules 1 to 3."""
+        backoff = Backoff(len(self._connection.endpoints))
+        while True:
+            while not self._due or self._due[0][0] > self.clock():
+                await self._nap(self._due_changed, self._due)
+            endpoint = self._connection.current
+            try:
+                stream = await self._connection.open(KEEP_ALIVE)
+                endpoint = stream.endpoint
+                await self._exchange(_Exchange(stream, self.clock()), backoff)
+            except StoreError as error:
+                self._connection.failed(endpoint)
+                _log.warning("renewal of %d leases interrupted: %s", len(self._leases), error)
+                await asyncio.sleep(backoff.next())
+
+    async def _exchange(self, exchange: _Exchange, backoff: Backoff) -> None:
+        """Send and receive on one stream until that fails. Raises the `StoreError` it failed with."""
+        tasks = (
+            asyncio.create_task(self._send(exchange)),
+            asyncio.create_task(self._receive(exchange, backoff)),
+            asyncio.create_task(self._notice_silence(exchange)),
+        )
+        now = self.clock()
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except Unavailable:
+            raise
+        except StoreError:
+            # etcd ends the stream of all leases when it may not renew one of them, for instance because its
+            # keys may not be written. It answers in order, so that is the oldest: the others go before it.
+            if exchange.pending:
+                lease, _ = exchange.pending.pop(next(iter(exchange.pending)))
+                self._schedule(lease, now + _interval(lease.ttl, least=1.0))
+            raise
+        finally:
+            exchange.stream.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for lease, _ in exchange.pending.values():
+                self._schedule(lease, now)
+
+    async def _send(self, exchange: _Exchange) -> None:
+        while True:
+            while self._due and self._due[0][0] <= self.clock():
+                due, _, lease = heapq.heappop(self._due)
+                if due != lease._due or not lease._kept or lease._paused or lease.id in exchange.pending:
+                    continue
+                # Before the write: from here on etcd may see it at any time.
+                exchange.pending[lease.id] = (lease, self.clock())
+                await exchange.stream.write(lease_pb2.LeaseKeepAliveRequest(ID=lease.id))
+            await self._nap(self._due_changed, self._due)
+
+    async def _receive(self, exchange: _Exchange, backoff: Backoff) -> None:
+        while True:
+            reply = await exchange.stream.read()
+            backoff.reset()
+            exchange.heard = now = self.clock()
+            lease, sent = exchange.pending.pop(reply.ID)
+            if not lease._kept:
+                # Let go while the reply was under way, and perhaps adopted anew since.
+                if successor := self._leases.get(reply.ID):
+                    self._schedule(successor, now)
+            elif reply.TTL <= 0:
+                self._lose(lease, "etcd has it no more")
+            elif now >= lease.deadline:
+                # Whoever watches the deadline from outside has acted on it.
+                self._lose(lease, "its renewal was answered after its deadline")
+            else:
+                lease._extend(reply.TTL, _deadline(sent, reply.TTL))
+                self._schedule(lease, sent + _interval(reply.TTL))
+
+    async def _notice_silence(self, exchange: _Exchange) -> None:
+        while True:
+            limit = self._silence
+            since = max(exchange.heard, _oldest(exchange))
+            if exchange.pending and self.clock() >= since + limit:
+                await asyncio.sleep(_GRACE)
+                if since == max(exchange.heard, _oldest(exchange)):
+                    seconds = limit / NANOSECONDS
+                    raise Unavailable(f"a renewal has had no answer for {seconds:.2f} s")
+            wait = since + limit - self.clock() if exchange.pending else limit
+            await asyncio.sleep(max(wait, 0) / NANOSECONDS)
+
+    async def _nap(self, changed: asyncio.Event, heap: list[tuple[int, int, Lease]]) -> None:
+        """Until the head of `heap` is due, but not for long; or until `changed`, if there is none or before."""
+        changed.clear()
+        seconds = min((heap[0][0] - self.clock()) / NANOSECONDS, _LONGEST_NAP) if heap else None
+        if seconds is None or seconds > 0:
+            try:
+                async with asyncio.timeout(seconds):
+                    await changed.wait()
+            except TimeoutError:
+                return
+
+
+def _oldest(exchange: _Exchange) -> int:
+    return next((sent for _, sent in exchange.pending.values()), 0)
+
+
+def _deadline(sent: int, ttl: int) -> int:
+    return sent + ttl * NANOSECONDS - margin_ns(ttl)
+
+
+def _interval(ttl: int, least: float = 0.75) -> int:
+    """Nanoseconds to the next renewal: a quarter of the TTL, or at random as little as `least` of that."""
+    return int(ttl * NANOSECONDS / _RENEWALS * random.uniform(least, 1.0))

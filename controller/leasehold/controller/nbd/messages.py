@@ -8,6 +8,7 @@ otherwise answers come in any order.
 =========  ===========================================  ======================================================
 verb       fields                                       ok means
 =========  ===========================================  ======================================================
+serve                                                   connections are accepted from now on
 export     name, backing, slot, epoch, read_only        the backing is open; nobody is let in yet
 open       name                                         the device answered, and clients are let in
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof

@@ -31,6 +31,7 @@ _SETTLE_SECONDS = 10.0
 _WITHDRAW_GRACE = 3.0
 """Beyond the drain time, for resets and the last sync. What takes longer is taken to hang."""
 
+_RESTORE_SECONDS = 1.0
 _STOP_SECONDS = 2.0
 _KILL_SECONDS = 5.0
 _LEAST_LIFE = 1.0
@@ -183,6 +184,7 @@ class _Seat:
 
     async def start(self) -> None:
         self.channel = await self._spawn()
+        await self._serve(self.channel)
         self._up.set()
         self._running = asyncio.create_task(self._run(), name=f"nbd-worker-{self.index}")
 
@@ -272,9 +274,24 @@ class _Seat:
 
     async def _restore(self, channel: Channel) -> None:
         """Bring back what was open and is still allowed. What was only prepared is asked for again."""
+        # Clients that connect meanwhile wait in the backlog, and find their export when they are let in.
+        # But one device that hangs does not keep the others waiting for long.
         lost = [spec for name, spec in self.specs.items() if name in self._opened]
         self.specs = {name: spec for name, spec in self.specs.items() if name in self._opened}
-        await asyncio.gather(*(self._reopen(channel, spec) for spec in lost))
+        reopening = asyncio.gather(*(self._reopen(channel, spec) for spec in lost))
+        try:
+            await asyncio.wait([reopening], timeout=_RESTORE_SECONDS)
+            await self._serve(channel)
+            await reopening
+        finally:
+            reopening.cancel()
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            await channel.ask("serve", _STATUS_SECONDS)
+        except ChannelError:
+            # Of no use, then; the next worker gets its turn.
+            channel.child.kill()
 
     async def _reopen(self, channel: Channel, spec: ExportSpec) -> None:
         if self.specs.get(spec.name) is not spec:

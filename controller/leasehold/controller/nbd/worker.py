@@ -66,7 +66,9 @@ class Worker:
         self._exports: dict[str, Export] = {}
         self._latest: dict[str, threading.Thread] = {}
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._serving = False
         self._verbs = {
+            "serve": self._serve,
             "export": self._export,
             "open": self._open,
             "withdraw": self._withdraw,
@@ -76,8 +78,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the control channel ends. Never returns."""
-        for loop in (self._accept, self._watch):
-            threading.Thread(target=self._or_die, args=(loop,), daemon=True).start()
+        threading.Thread(target=self._or_die, args=(self._watch,), daemon=True).start()
         self._send({"event": "ready"})
         with self._control.makefile("rb") as lines:
             for line in lines:
@@ -117,6 +118,13 @@ class Worker:
         except (KeyError, TypeError, ValueError, GateError) as error:
             answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
         self._send({"id": message["id"], **answer})
+
+    def _serve(self, _message: Message) -> Message:
+        with self._changing:
+            if not self._serving:
+                self._serving = True
+                threading.Thread(target=self._or_die, args=(self._accept,), daemon=True).start()
+        return {}
 
     def _export(self, message: Message) -> Message:
         name, slot, epoch = str(message["name"]), int(message["slot"]), int(message["epoch"])
@@ -199,13 +207,13 @@ class Worker:
                 sock.close()
                 continue
             try:
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+                threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
             except RuntimeError:
                 # No thread to be had: this client is turned away, the others are not hurt.
                 self._connections.release()
                 sock.close()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _converse(self, sock: socket.socket) -> None:
         try:
             Connection(sock, self).run()
         finally:

@@ -1,0 +1,58 @@
+"""The exit codes of the command line, after sysexits.h where that has one."""
+
+from leasehold.client.errors import (
+    AccessLost,
+    BadRequest,
+    Busy,
+    LeaseholdError,
+    NoCoordinator,
+    NotFound,
+    Refused,
+    TimedOut,
+)
+
+BROKEN = 1
+USAGE = 2
+BAD_REQUEST = 65
+NOT_FOUND = 66
+NO_COORDINATOR = 69
+FAULT = 70
+LOST = 75
+REFUSED = 77
+CONFIG = 78
+TIMED_OUT = 124
+NOT_RUN = 126
+NO_COMMAND = 127
+
+HELP = """\b
+Exit codes:
+    0  done
+    1  a promise was broken (demo)
+    2  wrong usage
+   65  the request can not be done as asked
+   66  no such device, controller or request
+   69  no coordinator answered, or it takes no more requests now
+   70  a fault in Leasehold
+   75  run: the access was lost or moved, COMMAND was stopped; run it again
+   77  refused
+   78  not installed, or the configuration can not be used
+  124  waited as long as --wait says
+  126  run: COMMAND can not be run
+  127  run: COMMAND was not found
+128+N  ended by signal N
+Otherwise, run passes on the exit code of COMMAND."""
+
+_CODES: tuple[tuple[type[LeaseholdError], int], ...] = (
+    (NotFound, NOT_FOUND),
+    (BadRequest, BAD_REQUEST),
+    (NoCoordinator, NO_COORDINATOR),
+    (Busy, NO_COORDINATOR),
+    (AccessLost, LOST),
+    (Refused, REFUSED),
+    (TimedOut, TIMED_OUT),
+)
+
+
+def code_of(error: LeaseholdError) -> int:
+    """The exit code that stands for `error`."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), FAULT)

@@ -1,0 +1,405 @@
+"""The controller's agent: does what the records in etcd say this controller should do, device by device.
+
+Level-triggered: an event says only *which* device to look at. `_sync` reads it, decides by `hold.decide`, and
+acts; it runs serially for one device and concurrently over devices. The transitions one sync may make:
+
+    assignment HOLD seen   -> begin: journal, prepare, fence, read, open, activate, publish   (activation.py)
+    a hold has to end      -> deactivate beside a read; with the proof swap, or release       (settlement.py)
+    the holder vanished    -> rank, wait, take over, and begin                                (takeover.py)
+    an earlier instance    -> release what is proved
+    assignment of no use   -> sweep it
+
+Two things are done from the event itself, because waiting for a read would cost time and doing them needlessly
+costs no safety: a hold is told to end, and a hold that was assigned is prepared. Nothing acts on the device
+before a linearizable read has shown that it may.
+
+What wakes a device: its assignment here (`assignments/<me>/`), the deletion of its holder record, the end of
+its holder's session, the loss of a lease, a failure of its data path, a retry, and the sweep, which now and
+then and after a gap in what was watched looks at everything.
+"""
+
+import asyncio
+import logging
+from typing import cast
+
+from leasehold.controller.activation import Activator, Overtaken
+from leasehold.controller.context import Context
+from leasehold.controller.contest import Contest, Later, Passed, Won
+from leasehold.controller.driver import Activation, DriverError
+from leasehold.controller.gate import GateError
+from leasehold.controller.hold import Decision, Hold, Phase, Situation, Step, decide
+from leasehold.controller.journal import OpenActivation
+from leasehold.controller.session import Session
+from leasehold.controller.settlement import Settler
+from leasehold.controller.takeover import Backoff, may_serve
+from leasehold.controller.worker import KeyedWorker
+from leasehold.store.codec import Stored
+from leasehold.store.errors import StoreError, Unavailable
+from leasehold.store.kv import KeyValue, delete, get, unchanged
+from leasehold.store.ownership import DeviceState, NotPossible
+from leasehold.store.records import (
+    NO_LEASE,
+    Assignment,
+    AssignmentAction,
+    Controller,
+    ControllerId,
+    Device,
+    DeviceId,
+    Epoch,
+    Holder,
+    InstanceId,
+)
+
+_log = logging.getLogger(__name__)
+
+_ROUNDS = 12
+"""Steps of one sync before it lets go and is tried again; each refused compare costs one."""
+_BUSY = 5.0
+"""Seconds until a device whose records can not be understood is looked at again."""
+_LONGEST_PROOF_PAUSE = 60.0
+
+
+class Agent:
+    """Everything about the control of devices that one controller does. See the module."""
+
+    def __init__(self, context: Context, session: Session, contest: Contest) -> None:
+        self._context = context
+        self._session = session
+        self._contest = contest
+        self._activator = Activator(context)
+        self._settler = Settler(context)
+        self._ended: dict[DeviceId, Epoch] = {}
+        self._refusals: dict[DeviceId, str] = {}
+        self.holds: dict[DeviceId, Hold] = {}
+        self.assignments: dict[DeviceId, Stored[Assignment]] = {}
+        self.specs: dict[DeviceId, Stored[Device]] = {}
+        self.backoffs: dict[DeviceId, Backoff] = {}
+        self.stopping = False
+        self.worker: KeyedWorker[DeviceId] = KeyedWorker(self._sync)
+
+    # What the observer tells.
+
+    def assigned(self, device: DeviceId, assignment: Stored[Assignment] | None) -> None:
+        """The assignment of a device to this controller is now this, or none."""
+        hold = self.holds.get(device)
+        if assignment is None:
+            self.assignments.pop(device, None)
+            if hold is not None:
+                self.worker.wake(device)
+            return
+        self.assignments[device] = assignment
+        if hold is not None and hold.epoch == assignment.value.epoch:
+            if assignment.value.action is AssignmentAction.YIELD:
+                hold.end("told to yield", graceful=True)
+            return
+        self.worker.wake(device)
+
+    def holder_deleted(self, device: DeviceId, prev: Holder | None) -> None:
+        """A holder record was deleted; `prev` is what it said, None if that can not be understood."""
+        hold = self.holds.get(device)
+        if hold is not None:
+            if prev is None or prev.epoch == hold.epoch:
+                hold.end("its holder record was deleted")
+            self.worker.wake(device)
+            return
+        me = self._session.me
+        own = prev is not None and me is not None and prev.instance == me.instance
+        if own and device not in self.backoffs:
+            # Our own release. What it may have left to others is theirs.
+            return
+        target = prev.target.controller if prev is not None and prev.target is not None else None
+        self.vacated(device, lost=prev.controller if prev else None, target=target)
+
+    def vacated(
+        self, device: DeviceId, *, lost: ControllerId | None = None, target: ControllerId | None = None
+    ) -> None:
+        """A device may have to be taken over. Looked at if this controller can serve it."""
+        me, spec = self._session.me, self.specs.get(device)
+        if self.stopping or me is None or (spec is not None and may_serve(spec.value, me)):
+            return
+        self._contest.seen(device, lost=lost, target=target)
+        self.worker.wake(device)
+
+    def session_lost(self, reason: str) -> None:
+        """No hold outlives the session it began under."""
+        for hold in list(self.holds.values()):
+            hold.end(f"the session is lost: {reason}")
+
+    def unhealthy(self, device: str, reason: str) -> None:
+        """The data path of a device broke."""
+        hold = self.holds.get(DeviceId(device))
+        if hold is not None:
+            self._failed(hold.device)
+            hold.end(reason, failed=True)
+
+    def adopt(self, item: OpenActivation) -> None:
+        """An activation of an earlier instance that is not proved to be over: a hold that only ends."""
+        context = self._context
+        was = Controller(controller=context.name, instance=item.instance, session_lease=NO_LEASE)
+        activation = Activation(item.device, item.epoch, item.parameters, context.gate.take_slot())
+        driver = context.drivers[item.driver]
+        self.holds[item.device] = Hold(
+            item.device, item.epoch, was, driver, activation, context.gate, self._on_end, Phase.ENDING
+        )
+        self.worker.wake(item.device)
+
+    async def all_tried(self) -> None:
+        """Return when every hold that is ending was shut and its driver asked for proof at least once."""
+        ending = [hold for hold in self.holds.values() if hold.phase is Phase.ENDING]
+        await asyncio.gather(*(hold.tried.wait() for hold in ending))
+
+    async def stop(self, seconds: float) -> bool:
+        """Give everything up, in order. True if nothing is left to be proved or released."""
+        self.stopping = True
+        for hold in list(self.holds.values()):
+            hold.end("this controller stops", graceful=True)
+        for device in list(self.assignments):
+            self.worker.wake(device)
+        try:
+            async with asyncio.timeout(seconds):
+                await self.worker.idle()
+        except TimeoutError:
+            _log.error("%d devices could not be given up in %.0f s", len(self.holds), seconds)
+        await self.worker.close()
+        return not self.holds
+
+    # One sync.
+
+    async def _sync(self, device: DeviceId) -> None:
+        if device not in self.holds:
+            self._prepare_assigned(device)
+        refused: tuple[int, int] | None = None
+        for _ in range(_ROUNDS):
+            hold = self.holds.get(device)
+            if hold is not None and hold.phase is Phase.PREPARING:
+                await self._bring_up(hold)
+                if hold.phase is Phase.SERVING:
+                    return
+                continue
+            state, found = await self._look(device, hold)
+            if hold is not None and hold.phase is Phase.ENDING:
+                self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
+                return
+            decision = decide(self._situation(device, hold), state)
+            seen = _revisions(state)
+            if decision.step is Step.SWAP and seen == refused:
+                # Nothing changed but the target, which is gone. A commit of our own settles it, and the
+                # coordinator chooses again.
+                decision = Decision(Step.RELEASE, "the one it was to be passed to is gone", frozenset({state.epoch}))
+            try:
+                done = await self._act(device, hold, state, found, decision)
+            except NotPossible as error:
+                _log.info("device %s: %s; looking again", device, error.reason)
+                continue
+            if done:
+                return
+            if decision.step is Step.SWAP:
+                refused = seen
+        raise Unavailable(f"device {device} changes too fast to be acted on")
+
+    async def _look(
+        self, device: DeviceId, hold: Hold | None
+    ) -> tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]:
+        """Read the device, and beside that have a hold that ends proved over."""
+        context = self._context
+        failed = device in self._refusals or (hold is not None and hold.failed)
+        more = (get(context.keys.availability(device, context.name)),) if failed else ()
+        reading = context.read(device, *more)
+        if hold is None or hold.phase is not Phase.ENDING:
+            return await reading
+        # Both run to their end: what the driver does must not go on behind the next sync's back.
+        read, proved = await asyncio.gather(reading, self._settler.prove(hold), return_exceptions=True)
+        for outcome in (proved, read):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return cast("tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]", read)
+
+    async def _act(
+        self,
+        device: DeviceId,
+        hold: Hold | None,
+        state: DeviceState,
+        found: tuple[tuple[KeyValue, ...], ...],
+        decision: Decision,
+    ) -> bool:
+        """Carry a decision out. True if nothing more is to be done now, False to look again."""
+        match decision.step:
+            case Step.BEGIN:
+                self._begin(device, state.epoch, state.spec.value if state.spec else None)
+                return False
+            case Step.END if hold is not None:
+                hold.end(decision.reason, graceful=_stands(state, hold))
+                return False
+            case Step.SWAP:
+                if not await self._settler.swap(device, state.epoch, state, decision.reason):
+                    return False
+                self._gone(device, hold, state.epoch)
+                return True
+            case Step.RELEASE:
+                reason = (hold.reason if hold else self._refusals.get(device)) or decision.reason
+                failed = device in self._refusals or (hold is not None and hold.failed)
+                failure = self._settler.failure(device, found, reason) if failed else None
+                if not await self._settler.release(device, decision.epochs, state, reason, failure):
+                    return False
+                _log.info(
+                    "device %s epoch %d holder %s request %s: released: %s",
+                    device,
+                    max(decision.epochs),
+                    self._context.name,
+                    hold.request if hold else "-",
+                    reason,
+                )
+                self._refusals.pop(device, None)
+                self._gone(device, hold, max(decision.epochs))
+                # With a hold nothing else can be left to do; without, there may be more.
+                return hold is not None
+            case Step.FORGET if hold is not None:
+                self._gone(device, hold, hold.epoch)
+                return False
+            case Step.COMPETE:
+                return await self._compete(device, state)
+            case Step.WAIT:
+                _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, decision.reason)
+                self.worker.wake_later(device, _BUSY)
+                return True
+            case _:
+                if state.holder is None:
+                    self._contest.over(device)
+                await self._sweep(device, state)
+                return True
+
+    async def _compete(self, device: DeviceId, state: DeviceState) -> bool:
+        me = self._session.me
+        if me is None:
+            return True
+        outcome = await self._contest.compete(device, state, me, self.backoffs.get(device, Backoff()))
+        match outcome:
+            case Won(epoch):
+                self._begin(device, epoch, state.spec.value if state.spec else None)
+                return False
+            case Later(seconds):
+                self.worker.wake_later(device, seconds)
+            case Passed(reason):
+                _log.debug("device %s: not taken over by this controller: %s", device, reason)
+                await self._sweep(device, state)
+        return True
+
+    def _prepare_assigned(self, device: DeviceId) -> None:
+        """Begin what an assignment asks for before anything was read; `Activator` reads before it acts."""
+        assignment, spec = self.assignments.get(device), self.specs.get(device)
+        if (
+            assignment is not None
+            and spec is not None
+            and assignment.value.action is AssignmentAction.HOLD
+            and assignment.value.epoch > self._ended.get(device, 0)
+            and not self.stopping
+        ):
+            self._begin(device, assignment.value.epoch, spec.value)
+
+    def _begin(self, device: DeviceId, epoch: Epoch, spec: Device | None) -> None:
+        """A hold in PREPARING, its activation in the journal; or a refusal, and the epoch is over here."""
+        context, me = self._context, self._session.me
+        if me is None:
+            return
+        driver = context.drivers.get(spec.driver) if spec else None
+        try:
+            if spec is None or driver is None:
+                raise LookupError(f"there is no driver {spec.driver} here" if spec else "it has no spec")
+            slot = context.gate.take_slot()
+        except (LookupError, GateError) as error:
+            self._refusals[device] = str(error)
+            self._ended[device] = epoch
+            self._failed(device)
+            return
+        context.journal.begin_activation(device, epoch, me.instance, driver.name, spec.parameters, slot)
+        activation = Activation(device, epoch, dict(spec.parameters), slot)
+        self.holds[device] = Hold(device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec)
+        context.step("begun", device, epoch)
+
+    async def _bring_up(self, hold: Hold) -> None:
+        """SERVING when this returns, or ENDING."""
+        attempt = asyncio.create_task(self._activator.bring_up(hold), name=f"activate {hold.device}")
+        hold.attempt = attempt
+        try:
+            await asyncio.wait((attempt,))
+        finally:
+            hold.attempt = None
+            attempt.cancel()
+        error = None if attempt.cancelled() else attempt.exception()
+        if error is None:
+            if hold.phase is Phase.SERVING:
+                self.backoffs.pop(hold.device, None)
+                self._contest.over(hold.device)
+            else:
+                hold.end("its activation was abandoned")
+        elif isinstance(error, (Overtaken, NotPossible, StoreError)):
+            hold.end(str(error))
+        else:
+            expected = isinstance(error, (DriverError, TimeoutError))
+            _log.error("%s: can not be activated: %r", hold, error, exc_info=None if expected else error)
+            self._failed(hold.device)
+            hold.end(str(error) or "the activation took too long", failed=True)
+
+    def _on_end(self, hold: Hold) -> None:
+        if hold.lease is not None and not hold.graceful:
+            hold.lease.pause()
+        _log.log(logging.ERROR if hold.failed else logging.INFO, "%s: ends: %s", hold, hold.reason)
+        self._context.step("ending", hold.device, hold.epoch)
+        self.worker.wake(hold.device)
+
+    def _failed(self, device: DeviceId) -> None:
+        self.backoffs[device] = self.backoffs.get(device, Backoff()).failed(self._context.clock())
+
+    def _gone(self, device: DeviceId, hold: Hold | None, epoch: Epoch) -> None:
+        self._ended[device] = max(epoch, self._ended.get(device, epoch))
+        if hold is not None:
+            del self.holds[device]
+            if hold.lease is not None:
+                self._context.keeper.forget(hold.lease)
+
+    def _situation(self, device: DeviceId, hold: Hold | None) -> Situation:
+        journal = self._context.journal
+
+        def provable(instance: InstanceId, epoch: Epoch) -> bool:
+            return journal.knows(instance) and not journal.is_open(device, epoch)
+
+        return Situation(
+            name=self._context.name,
+            me=self._session.me,
+            provable=provable,
+            phase=hold.phase if hold else None,
+            held=hold.me if hold else None,
+            epoch=hold.epoch if hold else Epoch(0),
+            ended=self._ended.get(device, Epoch(0)),
+            stopping=self.stopping,
+        )
+
+    async def _sweep(self, device: DeviceId, state: DeviceState) -> None:
+        """Delete an assignment that the holder record does not bear out, if it is still the one seen."""
+        assignment = self.assignments.get(device)
+        if assignment is None or assignment.mod_revision > state.revision or state.unreadable:
+            return
+        holder = state.holder.value if state.holder else None
+        if (
+            holder is not None
+            and holder.controller == self._context.name
+            and holder.epoch == assignment.value.epoch
+        ):
+            return
+        await self._context.kv.txn(
+            (unchanged(assignment.key, assignment.mod_revision),), (delete(assignment.key),)
+        )
+        _log.info("device %s: swept its assignment of epoch %d", device, assignment.value.epoch)
+
+
+def _revisions(state: DeviceState) -> tuple[int, int]:
+    return (
+        state.holder.mod_revision if state.holder else 0,
+        state.epochs.mod_revision if state.epochs else 0,
+    )
+
+
+def _stands(state: DeviceState, hold: Hold) -> bool:
+    """Whether the record still gives the device to this hold, so that it may end without haste."""
+    holder = state.holder.value if state.holder else None
+    return holder is not None and holder.epoch == hold.epoch and holder.instance == hold.me.instance

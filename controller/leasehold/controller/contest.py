@@ -1,0 +1,183 @@
+"""Takes devices over from holders that are gone: what `takeover` decides, carried out."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from leasehold.controller.context import Context
+from leasehold.controller.takeover import Backoff, may_serve, obstacle, ranking, vacant
+from leasehold.store.codec import Unreadable, decode
+from leasehold.store.kv import KeyValue, get_prefix
+from leasehold.store.ownership import DeviceState, take_over
+from leasehold.store.records import Availability, Controller, ControllerId, DeviceId, Epoch, LeaseId, lease_id
+from leasehold.store.transaction import Applied
+
+_log = logging.getLogger(__name__)
+
+_SECOND = 1_000_000_000
+_ROSTER_LIFE = 1.0
+"""Seconds for which one reading of the registrations serves the takeovers of many devices. It is advice: what
+is decided by it is compared again in the transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """A device that may be taken over: since when it is known, from whom, and whom its holder had chosen."""
+
+    since: int
+    lost: ControllerId | None = None
+    target: ControllerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Won:
+    """The device is ours in `epoch`, and has to be activated."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Look again after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Nothing to be done by this controller."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Roster:
+    """The registrations. `carried` has the session lease that each key hangs on, whatever its value says."""
+
+    read_at: int
+    controllers: tuple[Controller, ...]
+    carried: dict[ControllerId, LeaseId]
+
+
+class Contest:
+    """The takeovers that this controller takes part in."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._chances: dict[DeviceId, Chance] = {}
+        self._roster: asyncio.Task[_Roster] | None = None
+
+    def seen(
+        self, device: DeviceId, *, lost: ControllerId | None = None, target: ControllerId | None = None
+    ) -> None:
+        """A device lost its holder, or its holder its session. The first sight counts for the head start."""
+        old = self._chances.get(device)
+        if old is None or (old.target is None and target is not None):
+            self._chances[device] = Chance(old.since if old else self._context.clock(), lost, target)
+
+    def over(self, device: DeviceId) -> None:
+        """Somebody holds it, or nobody has to."""
+        self._chances.pop(device, None)
+
+    def roster_changed(self) -> None:
+        """A controller went: what was read of the registrations is of no use any more."""
+        self._roster = None
+
+    async def compete(
+        self, device: DeviceId, state: DeviceState, me: Controller, backoff: Backoff
+    ) -> Won | Later | Passed:
+        """Take the device over if that is possible and this controller's turn."""
+        if state.holder is None:
+            self.seen(device)
+        chance = self._chances.get(device)
+        if chance is None:
+            return Passed("its holder is not known to be gone")
+        context = self._context
+        spec = state.spec.value if state.spec else None
+        driver = context.drivers.get(spec.driver) if spec else None
+        why_not = "it has no spec" if spec is None else may_serve(spec, me)
+        if not why_not and driver is not None:
+            why_not = obstacle(driver.fence_kind)
+        if why_not or spec is None:
+            self.over(device)
+            return Passed(why_not)
+        if (left := backoff.left(context.clock())) > 0:
+            return Later(left)
+        roster = await self._registered()
+        why = vacant(state, roster.carried)
+        if not why:
+            self.over(device)
+            return Passed("its holder is there")
+        rank = 0
+        if len(roster.controllers) > 1:
+            order = ranking(
+                spec,
+                roster.controllers,
+                await self._failures(device),
+                target=chance.target,
+                lost=chance.lost,
+            )
+            rank = order.index(me.controller) if me.controller in order else len(order)
+        due = chance.since + int(rank * context.timing.head_start * _SECOND)
+        if (wait := due - context.clock()) > 0:
+            return Later(wait / _SECOND)
+        transaction = take_over(context.author, state, me, reason=why)
+        outcome = await context.commit(transaction, device, Epoch(state.epoch + 1), "TAKEN_OVER")
+        if not isinstance(outcome, Applied):
+            return Later(0)
+        self.over(device)
+        epoch = Epoch(state.epoch + 1)
+        _log.warning(
+            "device %s epoch %d holder %s request %s: taken over: %s",
+            device,
+            epoch,
+            me.controller,
+            state.holder.value.request if state.holder else "-",
+            why,
+        )
+        context.step("taken over", device, epoch)
+        return Won(epoch)
+
+    async def _registered(self) -> _Roster:
+        """The registrations, read once for all devices that are competed for at about the same time."""
+        task = self._roster
+        if task is None or (task.done() and not self._fresh(task)):
+            task = self._roster = asyncio.create_task(self._read_roster())
+        return await asyncio.shield(task)
+
+    def _fresh(self, task: "asyncio.Task[_Roster]") -> bool:
+        if task.cancelled() or task.exception() is not None:
+            return False
+        return self._context.clock() - task.result().read_at < _ROSTER_LIFE * _SECOND
+
+    async def _read_roster(self) -> _Roster:
+        context = self._context
+        read_at = context.clock()
+        snapshot = await context.kv.get_prefix(context.keys.controllers, timeout=context.timing.call)
+        controllers: list[Controller] = []
+        carried: dict[ControllerId, LeaseId] = {}
+        for item in snapshot.items:
+            name = ControllerId(item.key.removeprefix(context.keys.controllers))
+            # The same that the transaction compares.
+            carried[name] = lease_id(item.lease)
+            try:
+                controllers.append(decode(Controller, item).value)
+            except Unreadable as error:
+                _log.error("it can not be ranked for takeovers: %s", error)
+        return _Roster(read_at, tuple(controllers), carried)
+
+    async def _failures(self, device: DeviceId) -> dict[ControllerId, int]:
+        context = self._context
+        _, ranges = await context.kv.read(
+            get_prefix(context.keys.availabilities(device)), timeout=context.timing.call
+        )
+        return dict(_failure(item) for item in ranges[0])
+
+
+def _failure(item: KeyValue) -> tuple[ControllerId, int]:
+    name = ControllerId(item.key.rpartition("/")[2])
+    try:
+        return name, decode(Availability, item).value.failures
+    except Unreadable as error:
+        _log.error("%s", error)
+        return name, 1
