@@ -32,7 +32,7 @@ proto: .venv-proto/.ready
 	$(call stubs,proto)
 
 bench: .venv/.dev
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python tests/bench.py $(ARGS)
 
 # leasehold/etcd has no services: it calls etcd by literal method paths.
 define stubs
@@ -46,16 +46,16 @@ endef
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo]'
 	touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	touch .venv/.demo $@
 
 # An environment of its own: the generators pin an older protobuf than the program runs on. The stubs they
 # write are good for every protobuf from 5.29 and every grpcio from 1.71 on.
 .venv-proto/.ready: Makefile
 	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.71.2 mypy-protobuf==3.6.0
+	.venv-proto/bin/python -m pip install -qq --disable-pip-version-check grpcio-tools==1.71.2 mypy-protobuf==3.6.0
 	touch $@

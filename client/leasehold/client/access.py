@@ -233,13 +233,13 @@ class Access:
             call = stubs.access(channel).RequestAccess(self._request)
             try:
                 async with asyncio.timeout(limit):
-                    first = await call.read()
+                    first = await anext(aiter(call))
+            except StopAsyncIteration:
+                # It has ended without a word.
+                raise TimeoutError from None
             except BaseException:
                 call.cancel()
                 raise
-            if not isinstance(first, access_pb2.RequestAccessResponse):
-                # The end of the stream, without a word.
-                raise TimeoutError
             return call, first
 
         until = self._contact + self._ttl if self._contact else now() + self._owner.timeout

@@ -4,6 +4,7 @@ Only what reads the command line is loaded here; each command loads what it need
 """
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -19,12 +20,18 @@ import typer.core
 from leasehold.client import exits
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
+from leasehold.client.etcd import NoEtcd
+from leasehold.client.process import DevFailed
 
 if TYPE_CHECKING:
     from leasehold.client.changes import Progress
     from leasehold.client.connection import Leasehold
 
 T = TypeVar("T")
+
+# gRPC's core writes to stderr that a connection was closed; what matters about that, we say ourselves. It
+# reads this when it is loaded, and whoever wants to see more has set it.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 class Form(StrEnum):
@@ -41,9 +48,12 @@ class _Group(typer.core.TyperGroup):
         except LeaseholdError as error:
             say(str(error))
             raise typer.Exit(exits.code_of(error)) from error
-        except NotInstalled as error:
+        except (NotInstalled, NoEtcd) as error:
             say(str(error))
             raise typer.Exit(exits.CONFIG) from error
+        except DevFailed as error:
+            say(str(error))
+            raise typer.Exit(exits.FAULT) from error
 
 
 def _typer(text: str, **settings: Any) -> typer.Typer:
@@ -80,11 +90,14 @@ Coordinators = Annotated[
 ]
 Output = Annotated[Form, typer.Option("--output", "-o", help="How to print it.")]
 Config = Annotated[
-    Path, typer.Option("--config", help="Its configuration, TOML.", exists=True, dir_okay=False, readable=True)
+    Path,
+    typer.Option("--config", help="Its configuration, TOML.", exists=True, dir_okay=False, readable=True),
 ]
 Directory = Annotated[
     Path | None,
-    typer.Option(help="Where everything is kept. By default a temporary one, removed at the end.", file_okay=False),
+    typer.Option(
+        help="Where everything is kept. By default a temporary one, removed at the end.", file_okay=False
+    ),
 ]
 
 
@@ -95,22 +108,20 @@ def say(message: str) -> None:
 
 @get.command("devices")
 def get_devices(
-    name: Annotated[str, typer.Argument(help="Only this one.")] = "",
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.")] = "",
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
 ) -> None:
     """Devices, and who holds them."""
     from leasehold.client import output as printer  # noqa: PLC0415
 
-    found = _ask(
-        coordinator, lambda leasehold: _one(leasehold.device(name)) if name else leasehold.devices()
-    )
+    found = _ask(coordinator, lambda leasehold: _one(leasehold.device(name)) if name else leasehold.devices())
     printer.show(found, printer.DEVICES, output)
 
 
 @get.command("controllers")
 def get_controllers(
-    name: Annotated[str, typer.Argument(help="Only this one.")] = "",
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.")] = "",
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
 ) -> None:
@@ -128,7 +139,7 @@ def get_controllers(
 
 @get.command("requests")
 def get_requests(
-    name: Annotated[str, typer.Argument(help="Only the one of this id.")] = "",
+    name: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Only the one of this id.")] = "",
     device: Annotated[str, typer.Option(help="Only those for this device.")] = "",
     ended: Annotated[bool, typer.Option("--ended", help="Also those that are over.")] = False,
     output: Output = Form.TABLE,
@@ -139,16 +150,14 @@ def get_requests(
 
     found = _ask(
         coordinator,
-        lambda leasehold: (
-            _one(leasehold.request(name)) if name else leasehold.requests(device, ended=ended)
-        ),
+        lambda leasehold: _one(leasehold.request(name)) if name else leasehold.requests(device, ended=ended),
     )
     printer.show(found, printer.REQUESTS, output)
 
 
 @get.command("history")
 def get_history(
-    device: Annotated[str, typer.Argument(help="Only of this one.")] = "",
+    device: Annotated[str, typer.Argument(metavar="[DEVICE]", help="Only of this one.")] = "",
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
 ) -> None:
@@ -161,7 +170,8 @@ def get_history(
 
 @create.command("device")
 def create_device(
-    device: Annotated[str, typer.Argument(help="Its id.")],
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
+    *,
     driver: Annotated[str, typer.Option(help="What makes it usable.")] = "nbd",
     backing: Annotated[Path | None, typer.Option(help="Same as -p backing=PATH, made absolute.")] = None,
     parameter: Annotated[
@@ -190,9 +200,7 @@ def create_device(
     found = _ask(
         coordinator,
         lambda leasehold: _one(
-            leasehold.create_device(
-                device, driver, parameters, controllers=eligible, ttl=ttl, strict=strict
-            )
+            leasehold.create_device(device, driver, parameters, controllers=eligible, ttl=ttl, strict=strict)
         ),
     )
     printer.show(found, printer.DEVICES, output)
@@ -200,7 +208,8 @@ def create_device(
 
 @app.command()
 def transfer(
-    device: Annotated[str, typer.Argument(help="Its id.")],
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
+    *,
     to: Annotated[str, typer.Option("--to", metavar="CONTROLLER", help="Who is to hold it.")],
     reason: Annotated[str, typer.Option(help="For the history.")] = "",
     wait: Annotated[str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h.")] = "60s",
@@ -223,15 +232,22 @@ def transfer(
 
 @app.command(epilog=exits.HELP)
 def run(
-    device: Annotated[str, typer.Argument(help="Its id.")],
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARGUMENT]...", help="What to run.")],
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
+    *,
     via: Annotated[str, typer.Option(metavar="CONTROLLER", help="The only one to be served by.")] = "",
-    priority: Annotated[int | None, typer.Option(help="Higher goes first; 50 if not given.", min=0, max=100)] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Higher goes first; 50 if not given.", min=0, max=100)
+    ] = None,
     wait: Annotated[
         str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
     ] = "",
-    request_id: Annotated[str, typer.Option(help="The id of the request. By default a new one.")] = "",
-    client: Annotated[str, typer.Option(help="Who asks, for the history. By default user@host.")] = "",
+    request_id: Annotated[
+        str, typer.Option(metavar="ID", help="The id of the request. By default a new one.")
+    ] = "",
+    client: Annotated[
+        str, typer.Option(metavar="NAME", help="Who asks, for the history. By default user@host.")
+    ] = "",
     grace: Annotated[str, typer.Option(metavar="TIME", help="Between SIGTERM and SIGKILL.")] = "5s",
     coordinator: Coordinators = None,
 ) -> None:
@@ -284,7 +300,7 @@ def dev(
     etcd_port: Annotated[int, typer.Option(help="For etcd's clients; 0 for any.", min=0, max=65535)] = 0,
     devices: Annotated[int, typer.Option(help="How many, disk-1 and so on.", min=0)] = 3,
     size: Annotated[str, typer.Option(help="Of each: bytes, or with K, M, G.")] = "64M",
-    ttl: Annotated[int, typer.Option(help="Seconds, of devices and sessions.", min=4)] = 5,
+    ttl: Annotated[int, typer.Option(help="Seconds, of devices and sessions.", min=2)] = 5,
 ) -> None:
     """Run a whole cluster on this machine, to try things out: etcd, two coordinators, three controllers.
 
@@ -295,10 +311,8 @@ def dev(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    cluster = DevCluster(
-        directory, devices=devices, size=_bytes(size), ttl=ttl, etcd_port=etcd_port, say=say
-    )
-    with _brought_up(cluster):
+    cluster = DevCluster(directory, devices=devices, size=_bytes(size), ttl=ttl, etcd_port=etcd_port, say=say)
+    with cluster:
         for line in cluster.instructions():
             print(line, flush=True)  # noqa: T201 - the data of this command
         stop.wait()
@@ -359,3 +373,7 @@ def _bytes(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text!r} is no size: bytes, or with K, M, G", param_hint="--size")
     return int(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]]
+
+
+if __name__ == "__main__":
+    main()

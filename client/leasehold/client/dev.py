@@ -37,7 +37,8 @@ HOST = "127.0.0.1"
 SIZE = 64 << 20
 """Bytes of a device's image. It is sparse, so it costs what is written to it."""
 TTL = 5
-"""Seconds, of devices and sessions alike: short enough to watch a takeover, long enough for a busy laptop."""
+"""Seconds, of devices, sessions and accesses alike: short enough to watch a takeover, long enough for a
+machine that has other things to do."""
 START = 30.0
 """Seconds for everything to answer. It takes one or two where nothing else runs."""
 STOP = 20.0
@@ -54,7 +55,7 @@ class DevCluster:
     before is taken up again.
     devices: how many, named disk-1, disk-2, ...
     size: bytes of each.
-    ttl: seconds, of devices and of sessions.
+    ttl: seconds, of devices, sessions and accesses.
     etcd_port: for etcd's clients; 0 for any that is free.
     say: told what is going on, in sentences.
     """
@@ -252,7 +253,7 @@ class DevCluster:
 
     def _coordinator_file(self, name: str, endpoint: str) -> str:
         return _toml(
-            {"name": name, "listen": endpoint, "session_ttl": self._ttl},
+            {"name": name, "listen": endpoint, "session_ttl": self._ttl, "access_ttl": self._ttl},
             {"etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True}},
         )
 

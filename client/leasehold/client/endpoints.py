@@ -23,6 +23,8 @@ VARIABLE = "LEASEHOLD_COORDINATORS"
 ANSWER = 3.0
 """Seconds a coordinator has to answer before the next one is asked. An answer takes a few commits in etcd; a
 new leader there, which is the slowest that is still healthy, takes 1 to 2 s."""
+LEAST = 0.1
+"""Seconds below which it is not worth asking any more."""
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     # The least interval that a server with gRPC's defaults for this project accepts is 4 s.
@@ -77,21 +79,23 @@ class Endpoints:
         attempt: Callable[[grpc.aio.Channel, float], Awaitable[T]],
         *,
         until: float,
-        answer: float = ANSWER,
+        answer: float | None = None,
     ) -> tuple[str, T]:
         """What `attempt` returns for the first channel on which it succeeds, and that channel's address.
 
-        It is called with a channel and the seconds it may take, at most `answer`, again and again until
-        `until` (of `clock.now`). It must therefore be harmless to repeat. Raises `NoCoordinator` or `Busy`
-        if nobody answered by then, and any other answer as the error it stands for.
+        It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
+        again until `until` (of `clock.now`). It must therefore be harmless to repeat.
+
+        Raises `NoCoordinator` or `Busy` if nobody answered by then, and any other answer as the error it
+        stands for.
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((NoCoordinator, Busy)),
-            stop=_before(until),
-            wait=wait_random_exponential(multiplier=0.05, max=1.0),
+            stop=lambda _: now() >= until - LEAST,
+            wait=_until(until),
             reraise=True,
         )
-        return await retrying(self._round, attempt, until, answer)
+        return await retrying(self._round, attempt, until, ANSWER if answer is None else answer)
 
     async def close(self) -> None:
         channels, self._channels = self._channels, {}
@@ -104,13 +108,13 @@ class Endpoints:
         failures: dict[str, LeaseholdError] = {}
         first = self._first
         for address in self.addresses[first:] + self.addresses[:first]:
-            limit = min(answer, max(until - now(), 0.05))
+            limit = min(answer, max(until - now(), LEAST))
             try:
                 result = await attempt(self.channel(address), limit)
             except TimeoutError:
                 failures[address] = NoCoordinator(f"no answer within {limit:.1f} s")
             except grpc.aio.AioRpcError as error:
-                failure = await from_rpc(error)
+                failure = from_rpc(error)
                 if not isinstance(failure, NoCoordinator | Busy | ServerError):
                     raise failure from error
                 failures[address] = failure
@@ -120,8 +124,10 @@ class Endpoints:
         raise _summary(failures)
 
 
-def _before(until: float) -> Callable[[RetryCallState], bool]:
-    return lambda state: now() + state.upcoming_sleep >= until
+def _until(until: float) -> Callable[[RetryCallState], float]:
+    """Longer and longer pauses, the last of which leaves time for one more round."""
+    growing = wait_random_exponential(multiplier=0.05, max=1.0)
+    return lambda state: min(growing(state), max(until - now() - LEAST, 0.0))
 
 
 def _summary(failures: dict[str, LeaseholdError]) -> LeaseholdError:

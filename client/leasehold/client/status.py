@@ -1,6 +1,7 @@
 """How the status of a failed call becomes an error of this package."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -45,9 +46,9 @@ _FROM_THE_WIRE = (
 nothing about the request."""
 
 
-async def from_rpc(error: grpc.aio.AioRpcError) -> LeaseholdError:
+def from_rpc(error: grpc.aio.AioRpcError) -> LeaseholdError:
     """The error of this tree that a failed call stands for."""
-    info = await _error_info(error)
+    info = _error_info(error)
     message = error.details() or error.code().name
     if info is None:
         kind = NoCoordinator if error.code() in _FROM_THE_WIRE else _KINDS.get(error.code(), ServerError)
@@ -55,9 +56,10 @@ async def from_rpc(error: grpc.aio.AioRpcError) -> LeaseholdError:
     return _KINDS.get(error.code(), ServerError)(message, info.reason, info.metadata)
 
 
-async def _error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
+def _error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
     try:
-        status = await rpc_status.aio.from_call(error)
+        # The error answers like a finished call; the asyncio variant wants one that can be awaited.
+        status = rpc_status.from_call(cast("grpc.Call", error))
     except ValueError:
         # The details contradict the status: a proxy rewrote one of them. The status is what counts.
         return None

@@ -1,4 +1,4 @@
-"""From a record that names this controller to a device that is served: the order that keeps two writers apart.
+"""From a record that names this controller to a device that is served, in an order that keeps writers apart.
 
 1. The journal has the activation before the driver hears of it.
 2. `prepare` opens the device, and registers the epoch on it where the driver knows such a thing; the device's
@@ -10,8 +10,8 @@
 5. The gate opens, up to the earlier of both leases' deadlines, and the driver activates.
 6. The record gets the path, and hangs on the device's lease from then on.
 
-A driver without reservations registers nothing, so for it the read of step 4 runs beside step 2; when it shows
-lower epochs, it is made again after they were fenced.
+A driver without reservations registers nothing, so for it the read of step 4 runs beside step 2; when it
+shows lower epochs, it is made again after they were fenced.
 """
 
 import asyncio
@@ -21,16 +21,15 @@ from typing import Any
 
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
-from leasehold.controller.hold import Hold, Phase
+from leasehold.controller.hold import Hold
 from leasehold.controller.timing import TimingRefused
-from leasehold.store.errors import LeaseNotFound, OutcomeUnknown, Unavailable
+from leasehold.store.errors import OutcomeUnknown, Unavailable
 from leasehold.store.kv import KeyValue, get
 from leasehold.store.ownership import DeviceState, publish
 from leasehold.store.records import (
     Device,
     Epoch,
     HolderState,
-    LeaseId,
     TakeoverPolicy,
     UnreleasedEpoch,
     lease_id,
@@ -156,16 +155,12 @@ class Activator:
         _, ranges = await context.kv.read(
             *(get(context.keys.controller(name)) for name in names), timeout=context.timing.call
         )
-        carried = {name: lease_id(found[0].lease) if found else "" for name, found in zip(names, ranges, strict=True)}
+        carried = {
+            name: lease_id(found[0].lease) if found else "" for name, found in zip(names, ranges, strict=True)
+        }
         leases = {item.device_lease for item in lower if item.device_lease}
         leases |= {item.session_lease for item in lower if carried[item.controller] != item.session_lease}
-        await _together(*(self._revoke_one(lease) for lease in leases))
-
-    async def _revoke_one(self, lease: LeaseId) -> None:
-        try:
-            await self._context.keeper.revoke(lease_number(lease))
-        except LeaseNotFound:
-            _log.debug("lease %s is gone already", lease)
+        await _together(*(context.keeper.revoke(lease_number(lease)) for lease in leases))
 
     async def _request(self, hold: Hold) -> tuple[tuple[KeyValue, ...], ...]:
         reads = self._context.serving_reads(hold.request)

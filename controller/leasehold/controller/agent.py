@@ -9,9 +9,9 @@ acts; it runs serially for one device and concurrently over devices. The transit
     an earlier instance    -> release what is proved
     assignment of no use   -> sweep it
 
-Two things are done from the event itself, because waiting for a read would cost time and doing them needlessly
-costs no safety: a hold is told to end, and a hold that was assigned is prepared. Nothing acts on the device
-before a linearizable read has shown that it may.
+Two things are done from the event itself, because waiting for a read would cost time and doing them
+needlessly costs no safety: a hold is told to end, and a hold that was assigned is prepared. Nothing acts on
+the device before a linearizable read has shown that it may.
 
 What wakes a device: its assignment here (`assignments/<me>/`), the deletion of its holder record, the end of
 its holder's session, the loss of a lease, a failure of its data path, a retry, and the sweep, which now and
@@ -23,11 +23,11 @@ import logging
 from typing import cast
 
 from leasehold.controller.activation import Activator, Overtaken
-from leasehold.controller.context import Context
 from leasehold.controller.contest import Contest, Later, Passed, Won
+from leasehold.controller.context import Context
 from leasehold.controller.driver import Activation, DriverError
 from leasehold.controller.gate import GateError
-from leasehold.controller.hold import Decision, Hold, Phase, Situation, Step, decide
+from leasehold.controller.hold import NO_EPOCH, Decision, Hold, Phase, Situation, Step, decide
 from leasehold.controller.journal import OpenActivation
 from leasehold.controller.session import Session
 from leasehold.controller.settlement import Settler
@@ -69,6 +69,7 @@ class Agent:
         self._activator = Activator(context)
         self._settler = Settler(context)
         self._ended: dict[DeviceId, Epoch] = {}
+        self._nothing_held = asyncio.Event()
         self._refusals: dict[DeviceId, str] = {}
         self.holds: dict[DeviceId, Hold] = {}
         self.assignments: dict[DeviceId, Stored[Assignment]] = {}
@@ -84,7 +85,7 @@ class Agent:
         hold = self.holds.get(device)
         if assignment is None:
             self.assignments.pop(device, None)
-            if hold is not None:
+            if hold is not None and hold.phase is not Phase.PROVED:
                 self.worker.wake(device)
             return
         self.assignments[device] = assignment
@@ -100,7 +101,6 @@ class Agent:
         if hold is not None:
             if prev is None or prev.epoch == hold.epoch:
                 hold.end("its holder record was deleted")
-            self.worker.wake(device)
             return
         me = self._session.me
         own = prev is not None and me is not None and prev.instance == me.instance
@@ -128,7 +128,7 @@ class Agent:
     def unhealthy(self, device: str, reason: str) -> None:
         """The data path of a device broke."""
         hold = self.holds.get(DeviceId(device))
-        if hold is not None:
+        if hold is not None and hold.phase in (Phase.PREPARING, Phase.SERVING):
             self._failed(hold.device)
             hold.end(reason, failed=True)
 
@@ -143,10 +143,11 @@ class Agent:
         )
         self.worker.wake(item.device)
 
-    async def all_tried(self) -> None:
-        """Return when every hold that is ending was shut and its driver asked for proof at least once."""
+    async def all_tried(self) -> bool:
+        """Return when every driver of a hold that ends was asked for proof. Whether all have given it."""
         ending = [hold for hold in self.holds.values() if hold.phase is Phase.ENDING]
         await asyncio.gather(*(hold.tried.wait() for hold in ending))
+        return all(hold.phase is Phase.PROVED for hold in ending)
 
     async def stop(self, seconds: float) -> bool:
         """Give everything up, in order. True if nothing is left to be proved or released."""
@@ -158,10 +159,20 @@ class Agent:
         try:
             async with asyncio.timeout(seconds):
                 await self.worker.idle()
+                if self.holds:
+                    self._nothing_held.clear()
+                    await self._nothing_held.wait()
         except TimeoutError:
             _log.error("%d devices could not be given up in %.0f s", len(self.holds), seconds)
         await self.worker.close()
         return not self.holds
+
+    async def close(self) -> None:
+        """Stop all work, as it is."""
+        await self.worker.close()
+        for hold in self.holds.values():
+            hold.drop()
+        await self._contest.close()
 
     # One sync.
 
@@ -172,8 +183,7 @@ class Agent:
         for _ in range(_ROUNDS):
             hold = self.holds.get(device)
             if hold is not None and hold.phase is Phase.PREPARING:
-                await self._bring_up(hold)
-                if hold.phase is Phase.SERVING:
+                if await self._bring_up(hold):
                     return
                 continue
             state, found = await self._look(device, hold)
@@ -185,7 +195,9 @@ class Agent:
             if decision.step is Step.SWAP and seen == refused:
                 # Nothing changed but the target, which is gone. A commit of our own settles it, and the
                 # coordinator chooses again.
-                decision = Decision(Step.RELEASE, "the one it was to be passed to is gone", frozenset({state.epoch}))
+                decision = Decision(
+                    Step.RELEASE, "the one it was to be passed to is gone", frozenset({state.epoch})
+                )
             try:
                 done = await self._act(device, hold, state, found, decision)
             except NotPossible as error:
@@ -311,13 +323,17 @@ class Agent:
             self._ended[device] = epoch
             self._failed(device)
             return
-        context.journal.begin_activation(device, epoch, me.instance, driver.name, spec.parameters, slot)
+        context.journal.begin_activation(
+            device, epoch, me.instance, driver=driver.name, parameters=spec.parameters, slot=slot
+        )
         activation = Activation(device, epoch, dict(spec.parameters), slot)
-        self.holds[device] = Hold(device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec)
+        self.holds[device] = Hold(
+            device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec
+        )
         context.step("begun", device, epoch)
 
-    async def _bring_up(self, hold: Hold) -> None:
-        """SERVING when this returns, or ENDING."""
+    async def _bring_up(self, hold: Hold) -> bool:
+        """Whether the hold is SERVING when this returns; else it is ENDING."""
         attempt = asyncio.create_task(self._activator.bring_up(hold), name=f"activate {hold.device}")
         hold.attempt = attempt
         try:
@@ -339,10 +355,9 @@ class Agent:
             _log.error("%s: can not be activated: %r", hold, error, exc_info=None if expected else error)
             self._failed(hold.device)
             hold.end(str(error) or "the activation took too long", failed=True)
+        return hold.phase is Phase.SERVING
 
     def _on_end(self, hold: Hold) -> None:
-        if hold.lease is not None and not hold.graceful:
-            hold.lease.pause()
         _log.log(logging.ERROR if hold.failed else logging.INFO, "%s: ends: %s", hold, hold.reason)
         self._context.step("ending", hold.device, hold.epoch)
         self.worker.wake(hold.device)
@@ -356,6 +371,8 @@ class Agent:
             del self.holds[device]
             if hold.lease is not None:
                 self._context.keeper.forget(hold.lease)
+            if not self.holds:
+                self._nothing_held.set()
 
     def _situation(self, device: DeviceId, hold: Hold | None) -> Situation:
         journal = self._context.journal
@@ -369,8 +386,8 @@ class Agent:
             provable=provable,
             phase=hold.phase if hold else None,
             held=hold.me if hold else None,
-            epoch=hold.epoch if hold else Epoch(0),
-            ended=self._ended.get(device, Epoch(0)),
+            epoch=hold.epoch if hold else NO_EPOCH,
+            ended=self._ended.get(device, NO_EPOCH),
             stopping=self.stopping,
         )
 

@@ -83,6 +83,12 @@ class Contest:
         """A controller went: what was read of the registrations is of no use any more."""
         self._roster = None
 
+    async def close(self) -> None:
+        """Read no more."""
+        if self._roster is not None:
+            self._roster.cancel()
+            await asyncio.gather(self._roster, return_exceptions=True)
+
     async def compete(
         self, device: DeviceId, state: DeviceState, me: Controller, backoff: Backoff
     ) -> Won | Later | Passed:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from leasehold.controller.driver import Driver
 from leasehold.controller.gate import Gate
@@ -57,7 +58,7 @@ class Context:
         self, device: DeviceId, *more: Get
     ) -> tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]:
         """The control of a device, and whatever more is asked for, at one revision. Linearizable."""
-        reads = device_reads(self.keys, device)
+        reads = cast("tuple[Get, ...]", device_reads(self.keys, device))
         revision, ranges = await self.kv.read(*reads, *more, timeout=self.timing.call)
         return device_state(device, revision, ranges[: len(reads)]), ranges[len(reads) :]
 
@@ -65,15 +66,17 @@ class Context:
         """What has to be read to answer the request that a hold was made for."""
         return (get(self.keys.request(request)), get(self.keys.client(request))) if request else ()
 
-    async def commit(self, transaction: Transaction, device: DeviceId, epoch: Epoch, what: str) -> bool:
-        """Send a transaction on the control of `device` until it is settled. Whether it was applied.
+    async def commit(
+        self, transaction: Transaction, device: DeviceId, epoch: Epoch, what: str
+    ) -> Applied | Refused:
+        """Send a transaction on the control of `device` until it is settled.
 
         Raises `OutcomeUnknown` or `Unavailable` after the time that one call may take.
         """
         self.journal.intend(transaction.change, device, epoch, what, "")
         outcome = await commit(self.kv, transaction, timeout=self.timing.call)
         self.journal.settle(transaction.change, _words(outcome))
-        return isinstance(outcome, Applied)
+        return outcome
 
 
 def serving(state: DeviceState, ranges: tuple[tuple[KeyValue, ...], ...]) -> Serving:

@@ -47,6 +47,9 @@ from leasehold.store.records import (
     RequestId,
 )
 
+NO_EPOCH = Epoch(0)
+"""Before the first that is ever given."""
+
 
 class Phase(StrEnum):
     PREPARING = "PREPARING"
@@ -89,8 +92,8 @@ class Situation:
     """What this controller knows of itself when it decides about a device.
 
     `me` is None while there is no session. `held` is who this controller was when the hold that it has here
-    began. `ended` is the highest epoch in which it has already ended a hold of this device, `stopping` that it
-    gives everything up. `provable(instance, epoch)` says whether it is proved that an instance of it, an
+    began. `ended` is the highest epoch in which it has already ended a hold of this device, `stopping` that
+    it gives everything up. `provable(instance, epoch)` says whether it is proved that an instance of it, an
     earlier one or this, is inactive in that epoch.
     """
 
@@ -99,8 +102,8 @@ class Situation:
     provable: Callable[[InstanceId, Epoch], bool]
     phase: Phase | None = None
     held: Controller | None = None
-    epoch: Epoch = Epoch(0)
-    ended: Epoch = Epoch(0)
+    epoch: Epoch = NO_EPOCH
+    ended: Epoch = NO_EPOCH
     stopping: bool = False
 
 
@@ -143,7 +146,13 @@ def _proved(now: Situation, held: Controller, state: DeviceState, holder: Holder
     )
     if mine and holder is not None and holder.state is HolderState.YIELDING and not _to_itself(now, holder):
         return Decision(Step.SWAP, f"yielded to {_target(holder)}")
-    if mine or any(item.epoch == now.epoch for item in state.unreleased):
+    # The proof is of this instance only. An assignment that was prepared before it was read may have been
+    # another's, whose epoch is not ours to release.
+    given = any(
+        (item.epoch, item.controller, item.instance) == (now.epoch, held.controller, held.instance)
+        for item in state.unreleased
+    )
+    if mine or given:
         return Decision(Step.RELEASE, "", frozenset({now.epoch}))
     return Decision(Step.FORGET, "the epoch is released already")
 
@@ -226,9 +235,8 @@ class Hold:
     """Set once the driver was asked to end it, with or without success."""
 
     def __str__(self) -> str:
-        return (
-            f"device {self.device} epoch {self.epoch} holder {self.me.controller} request {self.request or '-'}"
-        )
+        who = self.me.controller
+        return f"device {self.device} epoch {self.epoch} holder {who} request {self.request or '-'}"
 
     def open(self, lease: Lease) -> bool:
         """Let I/O through until the lease's deadline, and further with every renewal. False if it is over.
@@ -254,12 +262,11 @@ class Hold:
         """
         if self.phase in (Phase.ENDING, Phase.PROVED):
             if self.phase is Phase.ENDING and not graceful:
-                self.graceful = False
-                self.gate.shut(self.activation.slot)
+                self._cut()
             return
         self.graceful = graceful and self.phase is Phase.SERVING
         if not self.graceful:
-            self.gate.shut(self.activation.slot)
+            self._cut()
         self.reason = reason
         self.failed = failed
         self._to(Phase.ENDING)
@@ -269,18 +276,28 @@ class Hold:
 
     def unproved(self) -> None:
         """The driver could not prove it. Whatever grace there was is over."""
-        self.graceful = False
-        self.gate.shut(self.activation.slot)
+        self._cut()
         self.proofs_missed += 1
         self.tried.set()
 
     def proved(self) -> None:
         """The driver has proved that nothing here writes in this epoch any more."""
         self.gate.shut(self.activation.slot)
+        self._to(Phase.PROVED)
+        self.drop()
+        self.tried.set()
+
+    def drop(self) -> None:
+        """Take no more notice of the lease."""
         if self._guard is not None:
             self._guard.cancel()
-        self._to(Phase.PROVED)
-        self.tried.set()
+
+    def _cut(self) -> None:
+        """No I/O from now on, and no renewal: what can not be released shall run out."""
+        self.graceful = False
+        self.gate.shut(self.activation.slot)
+        if self.lease is not None:
+            self.lease.pause()
 
     async def _until_lost(self, lease: Lease) -> None:
         await lease.lost.wait()

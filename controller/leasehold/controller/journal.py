@@ -191,6 +191,7 @@ class Journal:
         device: DeviceId,
         epoch: Epoch,
         instance: InstanceId,
+        *,
         driver: str,
         parameters: Mapping[str, str],
         slot: int,
@@ -222,7 +223,8 @@ class Journal:
     def prove(self, device: DeviceId, epoch: Epoch, proof: str) -> None:
         """Nothing here writes to the device in this epoch any more; `proof` is whose word it is."""
         self._db.execute(
-            "UPDATE activations SET proof = ?, proved_at = ? WHERE device = ? AND epoch = ? AND proof IS NULL",
+            "UPDATE activations SET proof = ?, proved_at = ?"
+            " WHERE device = ? AND epoch = ? AND proof IS NULL",
             (proof, timestamp(), device, epoch),
         )
         if self.is_open(device, epoch):

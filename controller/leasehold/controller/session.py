@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from leasehold.controller.context import Context
 from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
-from leasehold.store.errors import LeaseNotFound, OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.records import Controller, LeaseId, lease_number
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,9 @@ _LONGEST_RETRY = 2.0
 class Session:
     """The session of one controller, the present one or none."""
 
-    def __init__(self, context: Context, build: Callable[[LeaseId], Controller], on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, context: Context, build: Callable[[LeaseId], Controller], on_lost: Callable[[str], None]
+    ) -> None:
         """`build` makes the registration of a lease; `on_lost(reason)` is called once for each session."""
         self._context = context
         self._build = build
@@ -73,6 +75,7 @@ class Session:
             break
         self._registered = registered
         self.lost.clear()
+        context.gate.set_session(registered.lease.deadline)
         registered.lease.watch_deadline(lambda deadline: self._renewed(registered, deadline))
         _log.info(
             "registered as %s, instance %s, session %s",
@@ -81,11 +84,12 @@ class Session:
             registered.record.session_lease,
         )
 
-    async def until_lost(self) -> str:
-        """Wait until the session is lost, by its lease or by what `lose` was told. Returns why."""
-        if self._registered is None:
-            return "there is none"
-        lease = asyncio.ensure_future(self._registered.lease.lost.wait())
+    async def until_lost(self) -> LeaseId:
+        """Wait until the session is lost, by its lease or by what `lose` was told. Returns the one lost."""
+        registered = self._registered
+        if registered is None:
+            raise AssertionError("there is no session to be lost")
+        lease = asyncio.ensure_future(registered.lease.lost.wait())
         told = asyncio.ensure_future(self.lost.wait())
         try:
             await asyncio.wait((lease, told), return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +97,7 @@ class Session:
             lease.cancel()
             told.cancel()
         self.lose("its lease ran out, or was revoked")
-        return "lost"
+        return registered.record.session_lease
 
     def lose(self, reason: str) -> None:
         """The session is over: nothing may act under it from now on."""
@@ -114,6 +118,10 @@ class Session:
         self._context.gate.set_session(0)
         await revoke(self._context, registered.record.session_lease)
 
+    async def give_back(self, lost: LeaseId) -> None:
+        """Revoke a lost session, in case etcd still has it, so that the name is free for the next."""
+        await revoke(self._context, lost)
+
     def _journalled(self, lease: LeaseId) -> Controller:
         record = self._build(lease)
         self._context.journal.begin_session(record.instance, lease)
@@ -129,13 +137,11 @@ class Session:
         except StoreError as error:
             _log.warning("the life of lease %s is not known, a session's is assumed: %s", lease, error)
             return self._context.timing.session_ttl + 2 * _LOOK
-        return float(found.granted) + 2 * _LOOK
+        # One that lives is renewed every quarter of its TTL, and goes on living beyond what it has left now.
+        return float(found or 0) + 2 * _LOOK
 
 
 async def revoke(context: Context, lease: LeaseId) -> None:
     """Revoke a session of this controller, and say so in the journal. Raises StoreError."""
-    try:
-        await context.keeper.revoke(lease_number(lease))
-    except LeaseNotFound:
-        _log.debug("session %s is gone already", lease)
+    await context.keeper.revoke(lease_number(lease))
     context.journal.end_session(lease)

@@ -6,10 +6,11 @@ person to judge; it is asked again, and `availability/` says STUCK meanwhile.
 
 import asyncio
 import logging
+import sys
 
 from leasehold.controller.context import Context
 from leasehold.controller.driver import DriverError
-from leasehold.controller.hold import Hold
+from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode, encode
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import KeyValue, get
@@ -46,6 +47,9 @@ class Settler:
             _log.error("%s: STUCK, it is not proved to be inactive: %s", hold, reason)
             await self._say(hold.device, f"STUCK in epoch {hold.epoch}: {reason}")
             return False
+        finally:
+            if hold.phase is Phase.ENDING and sys.exc_info()[0] is not None:
+                hold.unproved()
         context.journal.prove(hold.device, hold.epoch, f"driver {hold.driver.name}")
         hold.proved()
         context.gate.give_slot(hold.activation.slot)
@@ -74,9 +78,7 @@ class Settler:
             self._context.step("released", device, max(epochs))
         return isinstance(outcome, Applied)
 
-    def failure(
-        self, device: DeviceId, found: tuple[tuple[KeyValue, ...], ...], reason: str
-    ) -> Availability:
+    def failure(self, device: DeviceId, found: tuple[tuple[KeyValue, ...], ...], reason: str) -> Availability:
         """What to say of a failure here, counted on from what was `found` under `availability/`."""
         failures = 0
         if found and found[0]:

@@ -75,7 +75,9 @@ class Timing:
 
     def check_ttl(self, name: str, ttl: int) -> None:
         """Raises TimingRefused if a lease of `ttl` seconds can not be held safely."""
-        _require(LEAST_TTL <= ttl <= LONGEST_TTL, f"{LEAST_TTL} s <= {name} <= {LONGEST_TTL} s", f"it is {ttl} s")
+        _require(
+            LEAST_TTL <= ttl <= LONGEST_TTL, f"{LEAST_TTL} s <= {name} <= {LONGEST_TTL} s", f"it is {ttl} s"
+        )
         left = ttl - self.margin(ttl)
         _require(
             2 * self.renewal(ttl) <= left,

@@ -775,7 +775,7 @@ class Party(google.protobuf.message.Message):
     instance: builtins.str
     """Which start of it."""
     epoch: builtins.int
-    """Its epoch."""
+    """Its epoch; 0 as long as it is only about to gain one."""
     def __init__(
         self,
         *,

@@ -7,7 +7,8 @@ repeated without harm (`Connection.read`) is retried elsewhere until the caller'
 
 The kernel does not notice a stopped process, and HTTP/2 pings take seconds to. So a member is given up by
 what it fails to answer: a read within `ATTEMPT`; or, once a write has been out for `ATTEMPT`, a `Status`,
-which needs neither quorum nor disk. A slow commit on a live member is waited for.
+which needs neither quorum nor disk. A slow commit on a live member is waited for, unless the leader changed
+meanwhile: a proposal on its way to the old leader is gone, and etcd itself says so only after 7 s.
 """
 
 import asyncio
@@ -214,6 +215,7 @@ class Connection:
         self.endpoints = config.endpoints
         self._current = 0
         self._cluster = 0
+        self.term = 0
         self._identified: set[int] = set()
         self._channels = [_channel(config, target) for target in config.targets]
         self._stubs: list[dict[str, Any]] = [{} for _ in self._channels]
@@ -268,6 +270,7 @@ class Connection:
 
     def check(self, endpoint: int, reply: Reply) -> None:
         """Raises `ClusterMismatch` unless `reply` comes from the cluster that answered first."""
+        self.term = max(self.term, reply.header.raft_term)
         cluster = reply.header.cluster_id
         if cluster == self._cluster:
             self._identified.add(endpoint)
@@ -339,9 +342,9 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, endpoint=name, write=write) from None
         except asyncio.CancelledError:
-            if patience is None or not patience.exhausted:
+            if patience is None or not patience.reason:
                 raise
-            raise OutcomeUnknown(f"{name}: sent, and the member answers nothing any more") from None
+            raise OutcomeUnknown(f"{name}: sent, and not answered: {patience.reason}") from None
         finally:
             if patience:
                 patience.end()
@@ -386,16 +389,17 @@ class Connection:
 
 
 class _Patience:
-    """Ends a write to a member that answers nothing any more, and no other.
+    """Ends a write that waits for an answer which will not come, and no other.
 
-    `exhausted` tells this end from a cancellation by the caller's task.
+    `reason` tells this end from a cancellation by the caller's task; it is empty until then.
     """
 
     def __init__(self, connection: Connection, endpoint: int, call: Any) -> None:
-        self.exhausted = False
+        self.reason = ""
         self._connection = connection
         self._endpoint = endpoint
         self._call = call
+        self._term = connection.term
         self._task: asyncio.Task[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(ATTEMPT, self._begin)
 
@@ -410,17 +414,23 @@ class _Patience:
     async def _ask(self) -> None:
         while True:
             try:
-                await self._connection.ask(
+                status = await self._connection.ask(
                     self._endpoint, STATUS, maintenance_pb2.StatusRequest(), timeout=ATTEMPT
                 )
             except Unavailable:
-                self.exhausted = True
-                self._call.cancel()
+                self._give_up("the member is silent")
                 return
             except StoreError:
                 # It answered, if only to refuse.
-                pass
+                status = maintenance_pb2.StatusResponse()
             await asyncio.sleep(ATTEMPT)
+            if status.raftTerm > self._term:
+                self._give_up("the leader changed")
+                return
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._call.cancel()
 
 
 def _channel(config: EtcdConfig, target: str) -> grpc.aio.Channel:

@@ -1,12 +1,12 @@
 """Keeping etcd leases alive, and knowing for certain until when they are.
 
-A lease is safe to act on until its `deadline`: the reading of the boot clock *before* the renewal was sent, plus
-the TTL that etcd granted, less a margin. etcd counts the TTL from when it saw the renewal, which is later, so
-the deadline passes before etcd lets the lease go, however late the reply is or whichever stream it came by.
+A lease is safe to act on until its `deadline`: the reading of the boot clock *before* the renewal was sent,
+plus the TTL that etcd granted, less a margin. etcd counts the TTL from when it saw the renewal, which is
+later, so the deadline passes before etcd lets the lease go, however late the reply is, on whichever stream.
 
-What is not promised: that the lease lives until the deadline. A person may revoke it, and this process learns of
-that only with the reply to its next renewal. Nor that somebody runs at the deadline: an event loop can stall, so
-what must end at the deadline is watched from outside it (`Lease.watch_deadline`).
+What is not promised: that the lease lives until the deadline. A person may revoke it, and this process learns
+of that only with the reply to its next renewal. Nor that somebody runs at the deadline: an event loop can
+stall, so what must end at the deadline is watched from outside it (`Lease.watch_deadline`).
 
 1. Every lease is renewed each quarter of its TTL, on one stream for all leases of the process. Intervals are
    shortened at random, so that leases granted together do not stay together.
@@ -15,8 +15,8 @@ what must end at the deadline is watched from outside it (`Lease.watch_deadline`
    stream is opened again on the next endpoint and every unanswered renewal is sent anew, until the deadline.
 4. At the deadline the lease is lost, for good, whatever may still arrive.
 
-A follower answers renewals by asking the leader, one after another, and waits up to 7 s for a leader that does
-not answer. That is why a silent stream is given up quickly, and why nothing else shares it.
+A follower answers renewals by asking the leader, one after another, and waits up to 7 s for a leader that
+does not answer. That is why a silent stream is given up quickly.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ import heapq
 import itertools
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -55,8 +55,8 @@ _RENEWALS = 4
 """Renewals in one TTL: three may fail before the deadline is near."""
 
 _LONGEST_NAP = 0.5
-"""Seconds. The loop's clock stands still while the host is suspended and the boot clock does not, so nobody may
-sleep long on the loop's clock for something that is due by the other."""
+"""Seconds. The loop's clock stands still while the host is suspended and the boot clock does not, so nobody
+may sleep long by the one for something that is due by the other."""
 
 # After a stall of the event loop a timer and a reply may both be due; the reply then counts.
 _GRACE = 0.05
@@ -101,9 +101,9 @@ class Lease:
         return not self.lost.is_set() and self._keeper.clock() < self.deadline
 
     def watch_deadline(self, callback: Callable[[int], None]) -> Callable[[], None]:
-        """Call `callback` with the new deadline at each confirmed extension, until what is returned is called.
+        """Call `callback` with the new deadline at each confirmed extension.
 
-        A loss is no extension: `lost` tells it.
+        What is returned ends that. A loss is no extension: `lost` tells it. `callback` must not raise.
         """
         self._callbacks.append(callback)
 
@@ -166,7 +166,7 @@ class LeaseKeeper:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._renew()), asyncio.create_task(self._expire())]
+        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._renew, self._expire)]
         return self
 
     async def __aexit__(
@@ -185,8 +185,8 @@ class LeaseKeeper:
     async def grant(self, ttl: int, *, timeout: float | None = None) -> Lease:
         """A new lease of at least `ttl` seconds, kept from now on. Costs etcd a commit; see `spare`.
 
-        Raises `Unavailable` when none is known to be granted within `timeout` seconds, the connection's own by
-        default. A lease that was granted without our knowing is not kept, and runs out.
+        Raises `Unavailable` when none is known to be granted within `timeout` seconds, the connection's own
+        by default. A lease that was granted without our knowing is not kept, and runs out.
         """
         if ttl < 1:
             raise ValueError(f"a lease must last at least 1 second, not {ttl}")
@@ -224,6 +224,8 @@ class LeaseKeeper:
         before, granted = await self._renew_once(lease_id, end)
         if not granted:
             raise LeaseNotFound(f"the lease {lease_id:016x} of {ttl} s is gone")
+        if known := self._leases.get(lease_id):
+            return known
         return self._keep(Lease(self, lease_id, granted, _deadline(before, granted)))
 
     async def revoke(self, lease_id: int, *, timeout: float | None = None) -> None:
@@ -293,18 +295,20 @@ class LeaseKeeper:
                 self._connection.failed(endpoint)
                 pause = backoff.next()
                 if loop.time() + pause >= end:
-                    raise Unavailable(
-                        f"the lease {lease_id:016x} was not renewed in time: {error}"
-                    ) from error
+                    raise Unavailable(f"no renewal of lease {lease_id:016x} in time: {error}") from error
                 await asyncio.sleep(pause)
             else:
                 return before, reply.TTL
 
     async def _refill(self, ttl: int, pool: list[Lease]) -> None:
-        missing = self._spare_count - len(pool)
         try:
-            for granting in asyncio.as_completed([self.grant(ttl) for _ in range(missing)]):
-                pool.append(await granting)
+            while (missing := self._spare_count - len(pool)) > 0:
+                granting = (self.grant(ttl) for _ in range(missing))
+                results = await asyncio.gather(*granting, return_exceptions=True)
+                pool.extend(result for result in results if isinstance(result, Lease))
+                for error in results:
+                    if isinstance(error, BaseException):
+                        raise error
         except StoreError as error:
             # The next caller grants its own, and begins this anew.
             _log.warning("no spare leases of %d s: %s", ttl, error)
@@ -330,6 +334,16 @@ class LeaseKeeper:
         self.forget(lease)
         _log.warning("lost %r: %s", lease, why)
         lease.lost.set()
+
+    async def _guard(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Nobody may believe in leases that are not looked after."""
+        try:
+            await work()
+        except Exception:
+            _log.exception("leases are kept no more")
+            for lease in tuple(self._leases.values()):
+                self._lose(lease, "the keeper failed")
+            raise
 
     async def _expire(self) -> None:
         """Rule 4."""
@@ -407,7 +421,9 @@ class LeaseKeeper:
             reply = await exchange.stream.read()
             backoff.reset()
             exchange.heard = now = self.clock()
-            lease, sent = exchange.pending.pop(reply.ID)
+            lease, sent = exchange.pending.pop(reply.ID, (None, 0))
+            if lease is None:
+                continue
             if not lease._kept:
                 # Let go while the reply was under way, and perhaps adopted anew since.
                 if successor := self._leases.get(reply.ID):
@@ -434,7 +450,7 @@ class LeaseKeeper:
             await asyncio.sleep(max(wait, 0) / NANOSECONDS)
 
     async def _nap(self, changed: asyncio.Event, heap: list[tuple[int, int, Lease]]) -> None:
-        """Until the head of `heap` is due, but not for long; or until `changed`, if there is none or before."""
+        """Until the head of `heap` is due, but not for long, or `changed` is set, whichever is first."""
         changed.clear()
         seconds = min((heap[0][0] - self.clock()) / NANOSECONDS, _LONGEST_NAP) if heap else None
         if seconds is None or seconds > 0:

@@ -33,7 +33,8 @@ class _Fault:
 _FAULTS = (
     _Fault(
         ((3, 4, 31), (3, 5, 13)),
-        "a live lease may be revoked, so that a healthy controller loses its devices, and watches may lose events",
+        "a live lease may be revoked, which takes the device from a healthy controller, and a watch may lose "
+        "events",
     ),
     _Fault(
         ((3, 4, 38), (3, 5, 23), (3, 6, 5)),

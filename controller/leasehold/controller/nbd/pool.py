@@ -12,7 +12,6 @@ devices come back with the next.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 import zlib
@@ -22,12 +21,11 @@ from pathlib import Path
 
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
-from leasehold.controller.nbd.child import Child
+from leasehold.controller.nbd.settler import NotSettled, Settler
 
 _BACKLOG = 128
 _OPEN_SECONDS = 10.0
 _STATUS_SECONDS = 2.0
-_SETTLE_SECONDS = 10.0
 _WITHDRAW_GRACE = 3.0
 """Beyond the drain time, for resets and the last sync. What takes longer is taken to hang."""
 
@@ -81,6 +79,7 @@ class WorkerPool:
         if workers < 1:
             raise ValueError("at least one NBD worker is needed")
         self._gate = gate
+        self._settler = Settler()
         self._listen_host = listen_host
         self._base_port = base_port
         self._seats = [_Seat(index, gate, state_dir, on_unhealthy) for index in range(workers)]
@@ -98,7 +97,7 @@ class WorkerPool:
 
     async def stop(self) -> None:
         """End all workers and close the ports. Exports still there are cut off."""
-        await asyncio.gather(*(seat.stop() for seat in self._seats))
+        await asyncio.gather(self._settler.close(), *(seat.stop() for seat in self._seats))
 
     def port(self, device: str) -> int:
         """The port where `device` is or will be served."""
@@ -145,13 +144,11 @@ class WorkerPool:
     async def _settle(self, spec: ExportSpec) -> None:
         """No worker has the export. What a dead one wrote may still be in the page cache."""
         used = any(spec.backing == other.backing for seat in self._seats for other in seat.specs.values())
-        child = Child("leasehold.controller.nbd.settle", ["shared" if used else "alone", spec.backing])
-        if not await child.exited(_SETTLE_SECONDS):
-            child.kill()
-            raise Unproved(f"{spec.backing} hangs")
-        if child.returncode:
-            reason = os.strerror(child.returncode) if child.returncode > 0 else "the helper was killed"
-            raise Unproved(f"{spec.backing} cannot be settled: {reason}")
+        try:
+            # In use by a later epoch of ours, it is in nobody else's: that one opened it alone.
+            await self._settler.settle(spec.backing, alone=not used)
+        except NotSettled as error:
+            raise Unproved(str(error)) from error
 
     async def _failure(self, seat: _Seat, verb: str, **fields: object) -> str | None:
         try:

@@ -1,0 +1,75 @@
+"""`leasehold controller`: runs one controller until it is told to stop.
+
+Exit codes: 0 stopped in order; 1 ended by an error, or something could not be given up and is left to its
+lease; 2 the configuration can not be used; 3 refused, because this controller runs already or its past can
+not be cleaned up.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+
+from leasehold.controller.config import ControllerConfig
+from leasehold.controller.daemon import Daemon
+from leasehold.controller.gate import GateError
+from leasehold.controller.journal import JournalRefused
+from leasehold.controller.recovery import RecoveryRefused
+from leasehold.runtime import daemon, log
+from leasehold.runtime.config import ConfigError, load
+from leasehold.runtime.session import NameTaken
+from leasehold.store.errors import StoreError
+
+_log = logging.getLogger(__name__)
+
+DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
+
+
+def run(config_file: Path) -> int:
+    """Run the controller that `config_file` describes. Returns the exit code."""
+    try:
+        config = load(ControllerConfig, config_file)
+    except ConfigError as error:
+        log.configure("leasehold-controller")
+        _log.error("%s", error)
+        return MISCONFIGURED
+    log.configure(config.name, config.log_level)
+    return daemon.run(lambda stop: main(config, stop))
+
+
+async def main(config: ControllerConfig, stop: asyncio.Event) -> int:
+    """Run a controller until `stop` is set or it can not go on. Returns the exit code."""
+    controller = Daemon(config)
+    starting = asyncio.create_task(controller.start())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait((starting,))
+            return DONE
+        starting.result()
+    except (JournalRefused, RecoveryRefused, NameTaken, GateError) as error:
+        _log.error("refused: %s", error)
+        return REFUSED
+    except ConfigError as error:
+        _log.error("%s", error)
+        return MISCONFIGURED
+    except (StoreError, OSError) as error:
+        _log.error("can not start: %s", error)
+        return FAILED
+    else:
+        return await _until(controller, stopping)
+    finally:
+        stopping.cancel()
+
+
+async def _until(controller: Daemon, stopping: "asyncio.Task[bool]") -> int:
+    await asyncio.wait((stopping, controller.failed), return_when=asyncio.FIRST_COMPLETED)
+    error = controller.failed.result() if controller.failed.done() else None
+    if error is not None:
+        _log.error("can not go on: %s", error, exc_info=error)
+    clean = await controller.stop()
+    _log.info("stopped%s", "" if clean else "; what is left runs out with its lease")
+    if isinstance(error, NameTaken):
+        return REFUSED
+    return DONE if clean and error is None else FAILED

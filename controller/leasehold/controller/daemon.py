@@ -1,0 +1,232 @@
+"""One controller from its start to its end: what is started in which order, and why.
+
+Start: lock the journal (no other controller here); make the gate (what an earlier one let through ends);
+connect; have the drivers prove the past over; register; release what names an earlier instance; watch.
+
+Stop: deactivate and release every device, then revoke the session, then everything else. What can not be
+proved within the time is left as it is, and so is the session: its lease runs out, and successors fence.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from importlib.metadata import entry_points, version
+from typing import Any
+
+from leasehold.controller.agent import Agent
+from leasehold.controller.config import ControllerConfig
+from leasehold.controller.contest import Contest
+from leasehold.controller.context import Context
+from leasehold.controller.driver import ENTRY_POINTS, Driver, DriverContext
+from leasehold.controller.gate import Gate
+from leasehold.controller.health import watch_health, watch_records
+from leasehold.controller.journal import Journal
+from leasehold.controller.observer import Observer
+from leasehold.controller.recovery import prove_past
+from leasehold.controller.relay import SERVICES, Relay
+from leasehold.controller.session import Session
+from leasehold.runtime.api import ApiServer
+from leasehold.runtime.config import ConfigError
+from leasehold.store.connection import Connection
+from leasehold.store.errors import StoreError
+from leasehold.store.kv import Kv
+from leasehold.store.leases import LeaseKeeper
+from leasehold.store.records import Controller, DeviceId, Epoch, LeaseId, new_instance
+from leasehold.store.version import check_version
+
+_log = logging.getLogger(__name__)
+
+_CHECKPOINT = 30.0
+"""Seconds between checkpoints of the journal."""
+_CLOSING = 4.0
+"""Seconds of the time to stop that are kept for what comes after the devices."""
+
+DriverFactory = Callable[[DriverContext], Driver]
+Trace = Callable[[str, DeviceId, Epoch], None]
+
+
+def driver_factories(names: tuple[str, ...]) -> dict[str, DriverFactory]:
+    """The drivers of these names. Raises ConfigError for one that is not installed."""
+    installed = {item.name: item for item in entry_points(group=ENTRY_POINTS)}
+    missing = [name for name in names if name not in installed]
+    if missing:
+        there = ", ".join(sorted(installed)) or "none"
+        raise ConfigError(f"drivers: {', '.join(missing)} not installed; there are {there}")
+    return {name: installed[name].load() for name in names}
+
+
+class Daemon:
+    """See the module. Use `start`, then `stop`; `failed` tells of what ended it from within."""
+
+    def __init__(
+        self,
+        config: ControllerConfig,
+        factories: Mapping[str, DriverFactory] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self._config = config
+        self._factories = factories
+        self._trace = trace
+        self._cleanup = contextlib.AsyncExitStack()
+        self._background: set[asyncio.Task[None]] = set()
+        self._session_task: asyncio.Task[None] | None = None
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.address = ""
+        self.instance = new_instance()
+
+    async def start(self) -> None:
+        """Everything up to being ready.
+
+        Raises JournalRefused, RecoveryRefused, NameTaken, ConfigError, GateError, OSError, StoreError; then
+        nothing is left running.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.abandon()
+            raise
+
+    async def _start(self) -> None:
+        config = self._config
+        # Everything that is entered here is left in the reverse order.
+        journal = Journal.open(config.state_dir, config.controller)
+        self._cleanup.callback(journal.close)
+        gate = Gate.create(config.gate_file, config.data.slots)
+        self._cleanup.callback(gate.close)
+        connection = await self._cleanup.enter_async_context(Connection(config.etcd.connection()))
+        for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
+            _log.warning("%s", warning)
+        keeper = await self._cleanup.enter_async_context(LeaseKeeper(connection))
+        self.context = context = Context(
+            name=config.controller,
+            instance=self.instance,
+            kv=Kv(connection),
+            keeper=keeper,
+            keys=config.keys,
+            journal=journal,
+            gate=gate,
+            drivers=self._drivers(gate),
+            timing=config.timing,
+            trace=self._trace,
+        )
+        for driver in context.drivers.values():
+            self._cleanup.push_async_callback(driver.stop)
+        left = await prove_past(context)
+        self._relay = Relay(config.name)
+        self._cleanup.push_async_callback(self._relay.close)
+        self._server = ApiServer(config.listen, SERVICES)
+        self._server.server.add_generic_rpc_handlers((self._relay,))
+        port = await self._server.start()
+        self._cleanup.push_async_callback(self._server.stop, 1.0)
+        self.address = config.advertise or f"{config.listen.rpartition(':')[0]}:{port}"
+        contest = Contest(context)
+        self.session = Session(context, self._registration, self._session_lost)
+        self.agent = Agent(context, self.session, contest)
+        self._cleanup.push_async_callback(self.agent.close)
+        self._observer = Observer(context, self.session, self.agent, contest)
+        await self.session.begin()
+        for item in left:
+            self.agent.adopt(item)
+        await self._observer.release_past()
+        watching = asyncio.Event()
+        self._run(self._observer.run(watching))
+        self._run(self._relay.follow(connection, config.keys))
+        self._run(watch_health(self.agent))
+        self._run(watch_records(self.agent, context))
+        self._run(self._checkpoints(journal))
+        self._session_task = self._run(self._keep_session())
+        waiting = asyncio.ensure_future(watching.wait())
+        await asyncio.wait((waiting, self.failed), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self.failed.done():
+            raise self.failed.result()
+        await self._server.ready()
+        _log.info("ready, listening on %s", self.address)
+
+    async def stop(self) -> bool:
+        """Give everything up in order. True if everything was released."""
+        clean = await self.agent.stop(self._config.timing.stop - _CLOSING)
+        if self._session_task is not None:
+            self._session_task.cancel()
+        if clean:
+            try:
+                async with asyncio.timeout(_CLOSING / 2):
+                    await self.session.end()
+            except (StoreError, TimeoutError) as error:
+                _log.warning("the session could not be revoked, it runs out: %s", error or "no answer")
+        await self.abandon()
+        return clean
+
+    async def abandon(self) -> None:
+        """End at once, without giving anything up: as a crash, but for the processes it leaves."""
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._cleanup.aclose()
+
+    def _drivers(self, gate: Gate) -> dict[str, Driver]:
+        config = self._config
+        given = DriverContext(
+            gate=gate,
+            state_dir=config.state_dir,
+            data_host=config.data.advertised,
+            listen_host=config.data.listen_host,
+            base_port=config.data.base_port,
+            workers=config.data.workers,
+            on_unhealthy=self._unhealthy,
+        )
+        factories = self._factories if self._factories is not None else driver_factories(config.drivers)
+        return {name: factory(given) for name, factory in factories.items()}
+
+    # The agent is made after those who call it.
+
+    def _unhealthy(self, device: str, reason: str) -> None:
+        self.agent.unhealthy(device, reason)
+
+    def _session_lost(self, reason: str) -> None:
+        self.agent.session_lost(reason)
+
+    def _registration(self, lease: LeaseId) -> Controller:
+        config = self._config
+        return Controller(
+            controller=config.controller,
+            instance=self.instance,
+            session_lease=lease,
+            endpoint=self.address,
+            data_host=config.data.advertised,
+            drivers=tuple(sorted(self.context.drivers)),
+            software=version("leasehold"),
+        )
+
+    async def _keep_session(self) -> None:
+        """Register anew whenever the session is lost, once nothing acts under the old one any more."""
+        while True:
+            lost = await self.session.until_lost()
+            if await self.agent.all_tried():
+                try:
+                    await self.session.give_back(lost)
+                except StoreError as error:
+                    _log.warning("session %s could not be revoked, it runs out: %s", lost, error)
+            else:
+                # Whoever sees a session gone gives its holder but a moment, and one here may need longer.
+                _log.warning("session %s is left to run out: not everything is proved inactive", lost)
+            await self.session.begin()
+            self._observer.renewed()
+
+    async def _checkpoints(self, journal: Journal) -> None:
+        while True:
+            await asyncio.sleep(_CHECKPOINT)
+            await journal.checkpoint()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+            self.failed.set_result(error)

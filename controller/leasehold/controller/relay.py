@@ -1,0 +1,203 @@
+"""The public API at a controller: every call is passed on to a coordinator.
+
+A client may ask whichever daemon it reaches. Calls are passed on as bytes, with their deadline and metadata,
+and answers with their details and trailers, so nothing here knows a method but whether it streams. A call
+that no coordinator has answered is tried at the next one: an id makes every request of this API the same
+request, and an error that carries details *is* an answer.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from leasehold.runtime.api import MAX_MESSAGE, ApiError
+from leasehold.runtime.roster import rendezvous
+from leasehold.store.codec import Unreadable, decode
+from leasehold.store.connection import Connection
+from leasehold.store.keys import Keys
+from leasehold.store.kv import KeyValue
+from leasehold.store.records import Coordinator
+from leasehold.store.watch import Batch, EventKind, Gap, follow
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2
+
+Stub = Any
+"""A callable of the channel. The types of grpc know no call that passes bytes through."""
+
+_log = logging.getLogger(__name__)
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_http_proxy", 0),
+)
+_DETAILS = "grpc-status-details-bin"
+_OURS = frozenset({"user-agent", "content-type", "te", "host"})
+"""Metadata of the hop and not of the call."""
+
+
+def _streaming_methods() -> dict[str, bool]:
+    files = (access_pb2, devices_pb2, controllers_pb2, history_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    return {
+        f"/{service.full_name}/{method.name}": method.server_streaming
+        for service in services
+        for method in service.methods
+    }
+
+
+METHODS = _streaming_methods()
+"""Every method of the API by its path, and whether it answers with a stream. None takes one."""
+
+SERVICES = tuple(sorted({path.split("/")[1] for path in METHODS}))
+
+
+class Relay(grpc.GenericRpcHandler):
+    """See the module. `follow` keeps it informed of the coordinators that live."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._endpoints: dict[str, str] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        method = handler_call_details.method
+        streams = METHODS.get(method)
+        if streams is None:
+            return None
+        if streams:
+
+            async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+                async for answer in self._stream(method, request, context):
+                    yield answer
+
+            return grpc.unary_stream_rpc_method_handler(stream)
+
+        async def unary(request: bytes, context: Any) -> bytes:
+            return await self._unary(method, request, context)
+
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    async def follow(self, connection: Connection, keys: Keys) -> None:
+        """Keep up with `coordinators/`. Ends by cancellation."""
+        async with aclosing(follow(connection, keys.coordinators)) as changes:
+            async for change in changes:
+                if isinstance(change, Batch):
+                    for event in change.events:
+                        if event.kind is EventKind.DELETE or event.kv is None:
+                            self._endpoints.pop(event.key, None)
+                        else:
+                            self._learn((event.kv,))
+                else:
+                    snapshot = change.snapshot if isinstance(change, Gap) else change
+                    self._endpoints.clear()
+                    self._learn(snapshot.items)
+                await self._drop_unused()
+
+    async def close(self) -> None:
+        """Close every channel; calls under way fail."""
+        self._endpoints.clear()
+        await self._drop_unused()
+
+    def _learn(self, items: Iterable[KeyValue]) -> None:
+        for item in items:
+            try:
+                record = decode(Coordinator, item).value
+            except Unreadable as error:
+                _log.error("no call goes to it: %s", error)
+                self._endpoints.pop(item.key, None)
+                continue
+            if record.endpoint:
+                self._endpoints[item.key] = record.endpoint
+
+    async def _drop_unused(self) -> None:
+        for endpoint in self._channels.keys() - set(self._endpoints.values()):
+            # Calls to a coordinator that is leaving may end in their own time.
+            channel = self._channels.pop(endpoint)
+            await channel.close(grace=None)
+
+    def _order(self) -> Sequence[str]:
+        """Always the same one first, so that connections stay warm; each controller another."""
+        return rendezvous(self._name, set(self._endpoints.values()))
+
+    def _channel(self, endpoint: str) -> grpc.aio.Channel:
+        channel = self._channels.get(endpoint)
+        if channel is None:
+            channel = self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+        return channel
+
+    async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
+        last: grpc.aio.AioRpcError | None = None
+        for endpoint in self._order():
+            stub: Stub = self._channel(endpoint).unary_unary(method)
+            call = stub(
+                request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
+            )
+            try:
+                answer: bytes = await call
+            except grpc.aio.AioRpcError as error:
+                if not _unanswered(error):
+                    await _abort(context, error)
+                _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
+                last = error
+                continue
+            context.set_trailing_metadata(_passed(await call.trailing_metadata()))
+            return answer
+        await _nobody(last).abort(context)
+        raise AssertionError("abort returned")
+
+    async def _stream(self, method: str, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        last: grpc.aio.AioRpcError | None = None
+        for endpoint in self._order():
+            stub: Stub = self._channel(endpoint).unary_stream(method)
+            call = stub(
+                request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
+            )
+            answered = False
+            try:
+                async for answer in call:
+                    answered = True
+                    yield answer
+            except grpc.aio.AioRpcError as error:
+                if answered or not _unanswered(error):
+                    await _abort(context, error)
+                _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
+                last = error
+                continue
+            finally:
+                # The client may have gone in the middle.
+                call.cancel()
+            return
+        await _nobody(last).abort(context)
+
+
+def _passed(metadata: Any) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple(
+        (key, value)
+        for key, value in metadata or ()
+        if (key not in _OURS and not key.startswith((":", "grpc-"))) or key == _DETAILS
+    )
+
+
+def _unanswered(error: grpc.aio.AioRpcError) -> bool:
+    answered = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not answered
+
+
+async def _abort(context: Any, error: grpc.aio.AioRpcError) -> None:
+    await context.abort(error.code(), error.details() or "", _passed(error.trailing_metadata()))
+
+
+def _nobody(last: grpc.aio.AioRpcError | None) -> ApiError:
+    told = f"; the last said: {last.details()}" if last else ""
+    return ApiError(
+        grpc.StatusCode.UNAVAILABLE, "NO_COORDINATOR", f"no coordinator answers this controller now{told}"
+    )

@@ -1,0 +1,202 @@
+"""AccessService: the session of a client as a stream, and the same over single calls."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.desk import Desk, asked
+from leasehold.coordinator.leases import AccessLeases
+from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.messages import access_status
+from leasehold.coordinator.paging import page
+from leasehold.coordinator.reading import Reader
+from leasehold.coordinator.sessions import ClientSession
+from leasehold.runtime.api import ApiError, answering, streaming
+from leasehold.store import requests
+from leasehold.store.errors import LeaseNotFound
+from leasehold.store.records import AccessRequest, RequestId, RequestState, check_id
+from leasehold.store.transaction import Applied
+from leasehold.v1 import access_pb2, access_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+ATTEMPTS = 5
+"""How often an end or a cancellation is tried anew because the request or its device changed meanwhile."""
+
+
+class AccessService(access_pb2_grpc.AccessServiceServicer):
+    """See `leasehold.v1.AccessService`."""
+
+    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases) -> None:
+        self._cluster = cluster
+        self._ledger = ledger
+        self._leases = leases
+        self._desk = Desk(cluster, ledger, leases)
+        self._reader = Reader(ledger.kv, cluster)
+
+    def RequestAccess(  # noqa: N802
+        self,
+        request: access_pb2.RequestAccessRequest,
+        context: Any,
+    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
+        return streaming(context, self._session(request))
+
+    async def _session(
+        self, request: access_pb2.RequestAccessRequest
+    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
+        stands = await self._desk.submit(asked(request.request_id, request.spec))
+        told = ClientSession(request.request_id, self._leases.ttl)
+        if stands.value.state.over:
+            event = told.next(self._cluster.view(stands.value.device), stands)
+            if event is not None:
+                yield event
+            return
+        await self._cluster.reached(stands.mod_revision, timeout=2.0)
+        with self._cluster.subscribe(stands.value.device) as subscription:
+            try:
+                async with self._leases.kept(stands.value.access_lease):
+                    while True:
+                        event = told.next(
+                            self._cluster.view(stands.value.device),
+                            self._cluster.requests.get(stands.value.request),
+                        )
+                        if event is not None:
+                            yield event
+                            if event.HasField("ended"):
+                                return
+                        await subscription.wait()
+            except LeaseNotFound:
+                raise _over(stands.value, "its client was not heard of in time") from None
+
+    async def SubmitAccess(self, request: access_pb2.SubmitAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.SubmitAccessResponse:
+            stands = await self._desk.submit(asked(request.request_id, request.spec))
+            return access_pb2.SubmitAccessResponse(status=await self._status(stands.value.request))
+
+        return await answering(context, handle)
+
+    async def GetAccess(self, request: access_pb2.GetAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.GetAccessResponse:
+            return access_pb2.GetAccessResponse(status=await self._status(_id(request.request_id)))
+
+        return await answering(context, handle)
+
+    async def ListAccess(self, request: access_pb2.ListAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.ListAccessResponse:
+            if request.device:
+                check_id("device", request.device)
+            now = await self._reader.everything()
+            found = [
+                stored
+                for stored in now.requests.values()
+                if (request.ended or not stored.value.state.over)
+                and request.device in ("", stored.value.device)
+            ]
+            found.sort(key=lambda stored: stored.create_revision)
+            chosen, token = page(
+                found, lambda stored: f"{stored.create_revision:020d}", request.page_size, request.page_token
+            )
+            return access_pb2.ListAccessResponse(
+                statuses=[
+                    access_status(now.view(stored.value.device), stored, self._leases.ttl)
+                    for stored in chosen
+                ],
+                next_page_token=token,
+            )
+
+        return await answering(context, handle)
+
+    async def CancelAccess(self, request: access_pb2.CancelAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.CancelAccessResponse:
+            await self._cancel(_id(request.request_id))
+            return access_pb2.CancelAccessResponse(status=await self._status(_id(request.request_id)))
+
+        return await answering(context, handle)
+
+    async def ReleaseAccess(self, request: access_pb2.ReleaseAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.ReleaseAccessResponse:
+            await self._release(_id(request.request_id))
+            return access_pb2.ReleaseAccessResponse(status=await self._status(_id(request.request_id)))
+
+        return await answering(context, handle)
+
+    async def RenewAccess(self, request: access_pb2.RenewAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.RenewAccessResponse:
+            stands = await self._desk.find(_id(request.request_id))
+            if stands.value.state.over:
+                raise _over(stands.value, stands.value.reason)
+            try:
+                await self._leases.renew(stands.value.access_lease)
+            except LeaseNotFound:
+                raise _over(stands.value, "its client was not heard of in time") from None
+            return access_pb2.RenewAccessResponse(status=await self._status(stands.value.request))
+
+        return await answering(context, handle)
+
+    async def _status(self, request: RequestId) -> access_pb2.AccessStatus:
+        stored, view = await self._reader.request(request)
+        return access_status(view, stored, self._leases.ttl)
+
+    async def _cancel(self, request: RequestId) -> None:
+        for _ in range(ATTEMPTS):
+            stands = await self._desk.find(request)
+            if stands.value.state.over:
+                return
+            if stands.value.state is RequestState.GRANTED:
+                raise ApiError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "REQUEST_GRANTED",
+                    f"request {request} is granted in epoch {stands.value.epoch}: release it",
+                    request=request,
+                    device=stands.value.device,
+                    epoch=stands.value.epoch,
+                )
+            reason = "its client took it back"
+            made = requests.refuse(self._ledger.keys, stands, RequestState.CANCELLED, reason=reason)
+            if isinstance(await self._ledger.commit(made), Applied):
+                return
+        raise _contended(request)
+
+    async def _release(self, request: RequestId) -> None:
+        """A pending request is cancelled: whoever releases wants to be rid of it either way."""
+        for _ in range(ATTEMPTS):
+            # A release costs no read: the mirror is compared with etcd by the transaction itself.
+            stands = self._cluster.requests.get(request) or await self._desk.find(request)
+            if stands.value.state.over:
+                return
+            keys = self._ledger.keys
+            reason = "its client released it"
+            if stands.value.state is RequestState.PENDING:
+                made = requests.refuse(keys, stands, RequestState.CANCELLED, reason=reason)
+            else:
+                state = self._cluster.state(stands.value.device)
+                made = requests.end(keys, state, stands, reason=reason, path_exposed=False)
+            if isinstance(await self._ledger.commit(made), Applied):
+                return
+        raise _contended(request)
+
+
+def _id(text: str) -> RequestId:
+    return RequestId(check_id("request_id", text))
+
+
+def _over(request: AccessRequest, reason: str) -> ApiError:
+    return ApiError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "ACCESS_OVER",
+        f"request {request.request} for device {request.device} is over: {reason}",
+        request=request.request,
+        device=request.device,
+    )
+
+
+def _contended(request: RequestId) -> ApiError:
+    return ApiError(
+        grpc.StatusCode.ABORTED,
+        "CONTENDED",
+        f"request {request} changed {ATTEMPTS} times meanwhile: try again",
+        request=request,
+    )

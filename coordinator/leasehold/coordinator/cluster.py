@@ -1,0 +1,290 @@
+"""A mirror of everything that stands in etcd under the prefix, fed by one watch.
+
+It changes only between transactions: what it shows at any moment is exactly what stood in etcd at `revision`.
+What depends on it is level-triggered: it is told which device changed, and looks.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar, cast
+
+from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.store.codec import Stored, Unreadable, decode
+from leasehold.store.connection import Connection
+from leasehold.store.keys import Keys
+from leasehold.store.kv import KeyValue, Snapshot
+from leasehold.store.ownership import DeviceState, checked
+from leasehold.store.records import (
+    AccessRequest,
+    Availability,
+    Client,
+    Controller,
+    ControllerId,
+    Coordinator,
+    CoordinatorId,
+    Device,
+    DeviceId,
+    Epochs,
+    Grant,
+    Holder,
+    QueueEntry,
+    RequestId,
+)
+from leasehold.store.watch import Batch, Gap, follow
+
+_log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_TOP: dict[str, type[Any]] = {
+    "devices": Device,
+    "epochs": Epochs,
+    "holders": Holder,
+    "controllers": Controller,
+    "coordinators": Coordinator,
+    "requests": AccessRequest,
+    "clients": Client,
+}
+"""Kinds with one record for each name."""
+_NESTED: dict[str, type[Any]] = {"grants": Grant, "queue": QueueEntry, "availability": Availability}
+"""Kinds with records under the name of a device."""
+_OF_DEVICE = frozenset({"devices", "epochs", "holders", *_NESTED})
+
+
+class Subscription:
+    """Somebody's interest in one device. `wait` returns after each change, however many there were."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        self._changed.set()
+
+    async def wait(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+
+class Cluster:
+    """See the module. `on_change` is called with the devices that each transaction touched, None for all."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self.revision = 0
+        self.loaded = asyncio.Event()
+        self.on_change: Callable[[frozenset[DeviceId] | None], None] = lambda _: None
+        self._subscriptions: dict[DeviceId, set[Subscription]] = {}
+        self._reached = asyncio.Condition()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._top: dict[str, dict[str, Stored[Any]]] = {kind: {} for kind in _TOP}
+        self._nested: dict[str, dict[DeviceId, dict[str, Stored[Any]]]] = {
+            kind: defaultdict(dict) for kind in _NESTED
+        }
+        self._unreadable: dict[DeviceId, dict[str, str]] = {}
+        self._held: dict[ControllerId, int] = {}
+        self._registered: dict[ControllerId, Controller] = {}
+
+    # What it shows.
+
+    @property
+    def devices(self) -> dict[DeviceId, Stored[Device]]:
+        return cast("dict[DeviceId, Stored[Device]]", self._top["devices"])
+
+    @property
+    def requests(self) -> dict[RequestId, Stored[AccessRequest]]:
+        return cast("dict[RequestId, Stored[AccessRequest]]", self._top["requests"])
+
+    @property
+    def clients(self) -> dict[RequestId, Stored[Client]]:
+        return cast("dict[RequestId, Stored[Client]]", self._top["clients"])
+
+    @property
+    def controllers(self) -> dict[ControllerId, Stored[Controller]]:
+        return cast("dict[ControllerId, Stored[Controller]]", self._top["controllers"])
+
+    @property
+    def coordinators(self) -> dict[CoordinatorId, Stored[Coordinator]]:
+        return cast("dict[CoordinatorId, Stored[Coordinator]]", self._top["coordinators"])
+
+    @property
+    def known_devices(self) -> set[DeviceId]:
+        """Every device that anything is recorded about."""
+        kinds = ("devices", "epochs", "holders")
+        named = {DeviceId(name) for kind in kinds for name in self._top[kind]}
+        return named | {device for kind in self._nested.values() for device, under in kind.items() if under}
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Where everything stands that it shows."""
+        return tuple(f"{self.keys.prefix}{kind}/" for kind in (*_TOP, *_NESTED))
+
+    def state(self, device: DeviceId) -> DeviceState:
+        """The control of a device, as the ownership transactions want it."""
+        wrong = self._unreadable.get(device)
+        if wrong:
+            return DeviceState(device, self.revision, unreadable="; ".join(wrong.values()))
+        grants = self._nested["grants"].get(device, {})
+        return checked(
+            DeviceState(
+                device,
+                self.revision,
+                spec=self._top["devices"].get(device),
+                epochs=self._top["epochs"].get(device),
+                holder=self._top["holders"].get(device),
+                grants=tuple(grants[name] for name in sorted(grants)),
+            )
+        )
+
+    def view(self, device: DeviceId) -> DeviceView:
+        """What a decision about a device looks at."""
+        availability = self._nested["availability"].get(device, {})
+        return DeviceView(
+            self.state(device),
+            queue=tuple(self._queue(device)),
+            controllers=self._registered,
+            availability={ControllerId(name): stored.value for name, stored in availability.items()},
+            held=self._held,
+        )
+
+    def _queue(self, device: DeviceId) -> Iterator[Waiting]:
+        entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
+        ordered = sorted(entries.values(), key=lambda item: (-item.value.priority, item.create_revision))
+        for entry in ordered:
+            stored = self.requests.get(entry.value.request)
+            if stored is not None:
+                yield Waiting(stored.value, stored, self.clients.get(entry.value.request))
+
+    # How it changes.
+
+    async def run(self, connection: Connection) -> None:
+        """Follow etcd for ever. Raises what waiting does not cure."""
+        async with aclosing(follow(connection, self.keys.prefix)) as changes:
+            async for change in changes:
+                if isinstance(change, Batch):
+                    touched = {self._apply(event.key, event.kv) for event in change.events}
+                    self.revision = change.revision
+                    await self._tell(None if ALL in touched else frozenset(touched - {NOTHING}))
+                    continue
+                if isinstance(change, Gap):
+                    _log.warning(
+                        "changes %d to %d are lost: everything was read anew",
+                        change.lost_from,
+                        change.lost_to,
+                    )
+                self.load(change.snapshot if isinstance(change, Gap) else change)
+                await self._tell(None)
+                self.loaded.set()
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Show what `snapshot` has, and nothing else."""
+        self._clear()
+        for item in snapshot.items:
+            self._apply(item.key, item)
+        self.revision = snapshot.revision
+
+    def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
+        """Take over one key; the device it is about, or `ALL`, or `NOTHING`."""
+        kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
+        if kind in _TOP:
+            return self._apply_top(kind, rest, key, kv)
+        if kind in _NESTED:
+            name, _, inner = rest.partition("/")
+            device = DeviceId(name)
+            self._put(self._nested[kind][device], inner, device, key, kv, _NESTED[kind])
+            return device
+        return NOTHING
+
+    def _apply_top(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
+        device = DeviceId(name) if kind in _OF_DEVICE else NOTHING
+        records = self._top[kind]
+        before = records.get(name)
+        after = self._put(records, name, device, key, kv, _TOP[kind])
+        if kind == "holders":
+            self._count(before, -1)
+            self._count(after, +1)
+        if kind == "controllers":
+            self._registered.pop(ControllerId(name), None)
+            if after:
+                self._registered[ControllerId(name)] = after.value
+        if kind in ("controllers", "coordinators"):
+            return ALL
+        if kind == "requests":
+            known = after or before
+            return known.value.device if known else NOTHING
+        if kind == "clients":
+            request = self.requests.get(RequestId(name))
+            return request.value.device if request else NOTHING
+        return device
+
+    def _put(  # noqa: PLR0917 - one key of one kind, in all its parts
+        self,
+        records: dict[str, Stored[Any]],
+        name: str,
+        device: DeviceId,
+        key: str,
+        kv: KeyValue | None,
+        cls: type[Any],
+    ) -> Stored[Any] | None:
+        wrong = self._unreadable.get(device, {})
+        wrong.pop(key, None)
+        records.pop(name, None)
+        if kv is None:
+            return None
+        try:
+            stored: Stored[Any] = decode(cls, kv)
+        except Unreadable as error:
+            _log.error("%s", error)
+            if device:
+                self._unreadable.setdefault(device, {})[key] = str(error)
+            return None
+        records[name] = stored
+        return stored
+
+    def _count(self, holder: Stored[Holder] | None, by: int) -> None:
+        if holder is not None:
+            name = holder.value.controller
+            self._held[name] = self._held.get(name, 0) + by
+
+    # Who is told.
+
+    async def _tell(self, devices: frozenset[DeviceId] | None) -> None:
+        self.on_change(devices)
+        for device in self._subscriptions if devices is None else devices:
+            for subscription in self._subscriptions.get(device, ()):
+                subscription.notify()
+        async with self._reached:
+            self._reached.notify_all()
+
+    async def reached(self, revision: int, timeout: float) -> bool:
+        """Wait until the mirror shows `revision`, for at most `timeout` seconds. Whether it does."""
+        if self.revision >= revision:
+            return True
+        try:
+            async with asyncio.timeout(timeout), self._reached:
+                await self._reached.wait_for(lambda: self.revision >= revision)
+        except TimeoutError:
+            return False
+        return True
+
+    @contextmanager
+    def subscribe(self, device: DeviceId) -> Iterator[Subscription]:
+        """Be notified of changes that concern `device`, controllers and coordinators included."""
+        subscription = Subscription()
+        self._subscriptions.setdefault(device, set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            rest = self._subscriptions[device]
+            rest.discard(subscription)
+            if not rest:
+                del self._subscriptions[device]
+
+
+ALL = DeviceId("*")
+"""Stands for every device: something changed that may concern any."""
+NOTHING = DeviceId("")

@@ -1,0 +1,186 @@
+"""`leasehold coordinator`: runs one coordinator until it is told to stop.
+
+Exit codes: 0 stopped in order; 1 ended by an error; 2 the configuration can not be used; 3 refused, because
+another coordinator is registered under this name.
+"""
+
+import asyncio
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+from leasehold.coordinator.access import AccessService
+from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.config import CoordinatorConfig
+from leasehold.coordinator.devices import DeviceService
+from leasehold.coordinator.leases import AccessLeases
+from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.lists import ControllerService, HistoryService
+from leasehold.coordinator.loop import Loop
+from leasehold.coordinator.sweep import Sweep
+from leasehold.runtime import daemon, log
+from leasehold.runtime.api import ApiServer
+from leasehold.runtime.config import ConfigError, load
+from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.store.connection import Connection
+from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.kv import Kv
+from leasehold.store.leases import LeaseKeeper
+from leasehold.store.records import Coordinator, LeaseId, new_instance
+from leasehold.store.version import check_version
+from leasehold.v1 import access_pb2_grpc, controllers_pb2_grpc, devices_pb2_grpc, history_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
+
+SERVICES = tuple(
+    f"leasehold.v1.{name}"
+    for name in ("AccessService", "DeviceService", "ControllerService", "HistoryService")
+)
+GRACE = 1.0
+"""Seconds that calls under way have to end once the coordinator stops. Streams do not end by themselves, and
+their clients go to another coordinator."""
+RETRY = 1.0
+"""Seconds between attempts to register again."""
+
+
+def run(config_file: Path) -> int:
+    """Run the coordinator that `config_file` describes. Returns the exit code."""
+    try:
+        config = load(CoordinatorConfig, config_file)
+    except ConfigError as error:
+        log.configure("leasehold-coordinator")
+        _log.error("%s", error)
+        return MISCONFIGURED
+    log.configure(config.name, config.log_level)
+    return daemon.run(lambda stop: main(config, stop))
+
+
+async def main(config: CoordinatorConfig, stop: asyncio.Event) -> int:
+    """Run a coordinator until `stop` is set or it can not go on. Returns the exit code."""
+    try:
+        etcd = config.etcd.connection()
+    except ValueError as error:
+        _log.error("etcd: %s", error)
+        return MISCONFIGURED
+    serving = asyncio.create_task(_serve(config, Connection(etcd)))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not serving.done():
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        _log.info("stopped")
+        return DONE
+    return _judge(serving.exception())
+
+
+def _judge(error: BaseException | None) -> int:
+    """The exit code for what ended a coordinator from within."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, NameTaken):
+        _log.error("refused: %s", error)
+        return REFUSED
+    if isinstance(error, StoreError | OSError):
+        _log.error("can not go on: %s", error)
+    else:
+        _log.error("can not go on", exc_info=error)
+    return FAILED
+
+
+async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
+    async with connection, LeaseKeeper(connection) as keeper:
+        for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
+            _log.warning("%s", warning)
+        cluster = Cluster(config.keys)
+        ledger = Ledger(Kv(connection), cluster, config.name)
+        leases = AccessLeases(keeper, config.access_ttl)
+        loop = Loop(cluster, ledger, config.coordinator)
+        cluster.on_change = loop.look
+        server = ApiServer(config.listen, SERVICES)
+        add = server.server
+        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(cluster, ledger, leases), add)
+        devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger), add)
+        controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
+        history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(cluster, ledger), add)
+        registration = _Registration(config, ledger.kv, keeper)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(cluster.run(connection))
+                await cluster.loaded.wait()
+                port = await server.start()
+                host = config.listen.rsplit(":", 1)[0]
+                endpoint = config.advertise or f"{host}:{port}"
+                await registration.begin(endpoint)
+                group.create_task(registration.keep())
+                group.create_task(loop.run())
+                group.create_task(Sweep(cluster, ledger, config.coordinator).run())
+                await leases.warm()
+                await server.ready()
+                _log.info("ready at %s, %d devices", endpoint, len(cluster.known_devices))
+        finally:
+            await server.stop(GRACE)
+            await registration.end()
+
+
+class _Registration:
+    """Keeps the coordinator registered: what is planned here depends on being seen."""
+
+    def __init__(self, config: CoordinatorConfig, kv: Kv, keeper: LeaseKeeper) -> None:
+        self._config = config
+        self._kv = kv
+        self._keeper = keeper
+        self._endpoint = ""
+        self._instance = new_instance()
+        self._registered: Registered[Coordinator] | None = None
+
+    async def begin(self, endpoint: str) -> None:
+        """Register. Another of this name may just have died: it is waited for as long as a session lives."""
+        self._endpoint = endpoint
+        end = asyncio.get_running_loop().time() + self._config.session_ttl + 2 * RETRY
+        while True:
+            try:
+                self._registered = await self._register()
+            except NameTaken as error:
+                if asyncio.get_running_loop().time() >= end:
+                    raise
+                _log.warning("waiting for it to be gone: %s", error)
+            except (Unavailable, OutcomeUnknown, SessionLost) as error:
+                _log.warning("not registered yet: %s", error)
+            else:
+                return
+            await asyncio.sleep(RETRY)
+
+    async def keep(self) -> None:
+        """Register anew whenever the session is lost."""
+        while True:
+            if self._registered is not None:
+                await self._registered.lease.lost.wait()
+            _log.error("the session is lost: registering again")
+            await self.begin(self._endpoint)
+
+    async def end(self) -> None:
+        """Give the session back, so that others are home at once. Without etcd it runs out."""
+        if self._registered is None:
+            return
+        try:
+            await self._keeper.revoke(self._registered.lease.id, timeout=1.0)
+        except StoreError as error:
+            _log.warning("the session runs out by itself: %s", error)
+
+    async def _register(self) -> Registered[Coordinator]:
+        config = self._config
+
+        def build(lease: LeaseId) -> Coordinator:
+            return Coordinator(
+                coordinator=config.coordinator,
+                instance=self._instance,
+                session_lease=lease,
+                endpoint=self._endpoint,
+                software=version("leasehold"),
+            )
+
+        key = config.keys.coordinator(config.coordinator)
+        return await register(self._kv, self._keeper, key, build, config.session_ttl)

@@ -1,0 +1,263 @@
+"""DeviceService: what operators say of devices, and the transfers they order."""
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+
+from leasehold.coordinator.cluster import Cluster, Subscription
+from leasehold.coordinator.desk import no_device
+from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.messages import device_status
+from leasehold.coordinator.paging import page
+from leasehold.coordinator.placement import refusal
+from leasehold.coordinator.reading import Reader
+from leasehold.coordinator.view import DeviceView
+from leasehold.runtime.api import ApiError, answering
+from leasehold.store import ownership
+from leasehold.store.codec import decode, encode, from_message
+from leasehold.store.kv import absent, delete, empty, get, put, unchanged
+from leasehold.store.ownership import NotPossible
+from leasehold.store.records import VERSION, ControllerId, Device, DeviceId, HolderState, check_id
+from leasehold.store.transaction import Applied, Transaction, new_change_id
+from leasehold.v1 import devices_pb2, devices_pb2_grpc, records_pb2
+
+_log = logging.getLogger(__name__)
+
+LEAST_TTL = 2
+LONGEST_TTL = 600
+LONGEST_PARAMETER = 4096
+MOST_PARAMETERS = 64
+TRANSFER_TIMEOUT = 60.0
+"""Seconds that a transfer may take when its caller sets no deadline."""
+MOST_MOVES = 3
+"""How often one order sets a device in motion before it is called impossible."""
+
+
+class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
+    """See `leasehold.v1.DeviceService`."""
+
+    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
+        self._cluster = cluster
+        self._ledger = ledger
+        self._reader = Reader(ledger.kv, cluster)
+
+    async def CreateDevice(self, request: devices_pb2.CreateDeviceRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.CreateDeviceResponse:
+            spec = checked_spec(request.device)
+            await self._create(spec)
+            return devices_pb2.CreateDeviceResponse(
+                status=device_status(await self._reader.device(spec.device))
+            )
+
+        return await answering(context, handle)
+
+    async def GetDevice(self, request: devices_pb2.GetDeviceRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.GetDeviceResponse:
+            view = await self._known(request.device)
+            return devices_pb2.GetDeviceResponse(status=device_status(view))
+
+        return await answering(context, handle)
+
+    async def ListDevices(self, request: devices_pb2.ListDevicesRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.ListDevicesResponse:
+            now = await self._reader.everything()
+            chosen, token = page(
+                sorted(now.known_devices), lambda device: device, request.page_size, request.page_token
+            )
+            statuses = [device_status(now.view(device)) for device in chosen]
+            return devices_pb2.ListDevicesResponse(statuses=statuses, next_page_token=token)
+
+        return await answering(context, handle)
+
+    async def DeleteDevice(self, request: devices_pb2.DeleteDeviceRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.DeleteDeviceResponse:
+            await self._delete(await self._known(request.device))
+            return devices_pb2.DeleteDeviceResponse()
+
+        return await answering(context, handle)
+
+    async def TransferDevice(self, request: devices_pb2.TransferDeviceRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.TransferDeviceResponse:
+            view = await self._known(request.device)
+            target = ControllerId(check_id("controller", request.controller))
+            reason = request.reason[:200] or "an operator ordered it"
+            left = context.time_remaining()
+            timeout = TRANSFER_TIMEOUT if left is None else max(left - 0.2, 0.1)
+            await self._transfer(view.device, target, reason, min(timeout, TRANSFER_TIMEOUT))
+            return devices_pb2.TransferDeviceResponse(
+                status=device_status(await self._reader.device(view.device))
+            )
+
+        return await answering(context, handle)
+
+    async def _known(self, device: str) -> DeviceView:
+        view = await self._reader.device(DeviceId(check_id("device", device)))
+        if view.state.spec is None and view.state.epochs is None and not view.state.unreadable:
+            raise no_device(view.device)
+        return view
+
+    async def _create(self, spec: Device) -> None:
+        keys = self._ledger.keys
+        key = keys.device(spec.device)
+        transaction = Transaction(
+            # Two callers that create the same device are both right, so any proof that it stands will do.
+            change=new_change_id(),
+            proof_key=key,
+            compares=(absent(key),),
+            operations=(put(key, encode(spec)),),
+        )
+        outcome = await self._ledger.commit(transaction, (get(key),))
+        if isinstance(outcome, Applied):
+            _log.info("device %s created, driver %s", spec.device, spec.driver)
+            return
+        stands = decode(Device, outcome.ranges[0][0]).value
+        if stands != spec:
+            raise ApiError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                "DEVICE_EXISTS",
+                f"device {spec.device} exists already with another spec: "
+                "delete it first, or choose another id",
+                device=spec.device,
+            )
+
+    async def _delete(self, view: DeviceView) -> None:
+        state = view.state
+        if state.holder:
+            wrong = f"{state.holder.value.controller} holds it in epoch {state.holder.value.epoch}"
+        elif state.unreleased:
+            wrong = f"epoch {state.unreleased[-1].epoch} is not proved to be over"
+        elif view.queue or state.grants:
+            wrong = "clients ask for it or have access"
+        elif state.spec is None:
+            raise no_device(view.device)
+        else:
+            wrong = state.unreadable
+        refused = ApiError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "DEVICE_IN_USE",
+            f"device {view.device} can not be deleted: {wrong or 'it came into use meanwhile'}",
+            device=view.device,
+        )
+        if wrong or state.spec is None:
+            raise refused
+        keys = self._ledger.keys
+        outcome = await self._ledger.kv.txn(
+            (
+                unchanged(state.spec.key, state.spec.mod_revision),
+                absent(keys.holder(view.device)),
+                empty(keys.queue(view.device)),
+                empty(keys.grants(view.device)),
+                *((unchanged(state.epochs.key, state.epochs.mod_revision),) if state.epochs else ()),
+            ),
+            # The record of its epochs stays: a device of this id must never repeat one.
+            (delete(state.spec.key),),
+        )
+        if not outcome.succeeded:
+            raise refused
+        _log.info("device %s deleted", view.device)
+
+    async def _transfer(self, device: DeviceId, target: ControllerId, reason: str, timeout: float) -> None:
+        moves = 0
+        try:
+            async with asyncio.timeout(timeout):
+                with self._cluster.subscribe(device) as subscription:
+                    while True:
+                        view = self._cluster.view(device)
+                        if _serves(view, target):
+                            return
+                        moves += await self._move(view, target, reason, moves)
+                        await _next(subscription)
+        except TimeoutError:
+            view = self._cluster.view(device)
+            raise self._not_moved(
+                view, target, f"it did not get there in {timeout:.0f} s; {device_status(view).reason}"
+            ) from None
+
+    async def _move(self, view: DeviceView, target: ControllerId, reason: str, moves: int) -> int:
+        """Set the device in motion if it stands still. 1 if it did."""
+        state = view.state
+        holder = state.holder.value if state.holder else None
+        moving = holder is not None and holder.state is not HolderState.ACTIVE
+        if state.unreadable:
+            raise self._not_moved(view, target, state.unreadable)
+        if moving or (holder is None and state.unreleased):
+            return 0
+        if why := refusal(view, target):
+            raise self._not_moved(view, target, f"{target} {why}")
+        if moves >= MOST_MOVES:
+            lately = view.availability.get(target)
+            raise self._not_moved(view, target, lately.reason if lately else f"{moves} attempts have failed")
+        controller = view.controllers[target]
+        try:
+            if holder is None:
+                made = ownership.assign(self._ledger.author, state, controller, reason=reason)
+            else:
+                made = ownership.direct(self._ledger.author, state, controller, reason=reason)
+        except NotPossible as error:
+            raise self._not_moved(view, target, str(error)) from error
+        return 1 if isinstance(await self._ledger.commit(made), Applied) else 0
+
+    def _not_moved(self, view: DeviceView, target: ControllerId, why: str) -> ApiError:
+        holder = view.state.holder.value if view.state.holder else None
+        return ApiError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "NOT_TRANSFERRED",
+            f"device {view.device} was not transferred to {target}: {why}",
+            device=view.device,
+            controller=target,
+            holder=holder.controller if holder else "",
+            epoch=view.state.epoch,
+        )
+
+
+async def _next(subscription: Subscription) -> None:
+    # A refused transaction may have been refused for what the mirror shows already.
+    try:
+        async with asyncio.timeout(0.5):
+            await subscription.wait()
+    except TimeoutError:
+        return
+
+
+def _serves(view: DeviceView, target: ControllerId) -> bool:
+    holder = view.state.holder.value if view.state.holder else None
+    return holder is not None and holder.controller == target and holder.state is HolderState.ACTIVE
+
+
+def checked_spec(message: records_pb2.Device) -> Device:
+    """The spec an operator gives, checked field by field. Raises `InvalidId` and `ApiError`."""
+    check_id("device", message.device)
+    check_id("driver", message.driver)
+    for controller in message.controllers:
+        check_id("controller", controller)
+    _require(len(set(message.controllers)) == len(message.controllers), "controllers", "named once each")
+    _require(len(message.parameters) <= MOST_PARAMETERS, "parameters", f"at most {MOST_PARAMETERS}")
+    for name, value in message.parameters.items():
+        check_id("parameter", name)
+        _require(
+            len(value) <= LONGEST_PARAMETER and value.isprintable(),
+            f"parameters.{name}",
+            f"printable and at most {LONGEST_PARAMETER} characters",
+        )
+    ttl = message.ttl_seconds
+    _require(
+        ttl == 0 or LEAST_TTL <= ttl <= LONGEST_TTL,
+        "ttl_seconds",
+        f"0 for the default, or from {LEAST_TTL} to {LONGEST_TTL}",
+    )
+    _require(message.version in (0, VERSION), "version", str(VERSION))
+    known = records_pb2.TakeoverPolicy.values()
+    _require(message.takeover in known, "takeover", "HOLD_OFF or STRICT")
+    complete = records_pb2.Device()
+    complete.CopyFrom(message)
+    complete.version = VERSION
+    return from_message(Device, complete)
+
+
+def _require(holds: bool, field: str, wanted: str) -> None:
+    if not holds:
+        raise ApiError(
+            grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", f"{field} must be {wanted}", field=field
+        )

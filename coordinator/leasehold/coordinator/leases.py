@@ -1,0 +1,53 @@
+"""The leases behind accesses: taken from a pool, kept while a stream is open, otherwise renewed by the
+client.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from leasehold.store.leases import Lease, LeaseKeeper
+from leasehold.store.records import LeaseId, lease_number
+
+
+class AccessLeases:
+    """Leases of `ttl` seconds. Several streams may keep the same one: it is kept until the last has ended."""
+
+    def __init__(self, keeper: LeaseKeeper, ttl: int) -> None:
+        self.ttl = ttl
+        self._keeper = keeper
+        self._streams: Counter[int] = Counter()
+
+    async def warm(self) -> None:
+        """Fill the pool, so that the first request finds a lease there."""
+        self._keeper.forget(await self._keeper.spare(self.ttl))
+
+    async def take(self) -> Lease:
+        """A lease for a new access. Raises `Unavailable`."""
+        return await self._keeper.spare(self.ttl)
+
+    def leave(self, lease: Lease) -> None:
+        """Keep it no more, unless a stream does: whoever has the access renews it, or it runs out."""
+        if not self._streams[lease.id]:
+            self._keeper.forget(lease)
+
+    @asynccontextmanager
+    async def kept(self, lease: LeaseId) -> AsyncIterator[Lease]:
+        """Keep the lease of an access for as long as this is entered. Raises `LeaseNotFound`."""
+        number = lease_number(lease)
+        self._streams[number] += 1
+        held: Lease | None = None
+        try:
+            held = await self._keeper.adopt(number, self.ttl)
+            yield held
+        finally:
+            self._streams[number] -= 1
+            if not self._streams[number]:
+                del self._streams[number]
+                if held is not None:
+                    self._keeper.forget(held)
+
+    async def renew(self, lease: LeaseId) -> None:
+        """Give the access another `ttl` seconds. Raises `LeaseNotFound` if it is over."""
+        async with self.kept(lease):
+            pass

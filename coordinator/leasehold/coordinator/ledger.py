@@ -1,0 +1,99 @@
+"""What a coordinator writes: transactions, each followed by the mirror catching up with it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.planner import Assign, Decision, Direct, Give, Reject, Wait
+from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.store import ownership, requests
+from leasehold.store.keys import Keys
+from leasehold.store.kv import Get, Kv, Operation
+from leasehold.store.ownership import Author
+from leasehold.store.records import NO_REQUEST, RequestState
+from leasehold.store.requests import QueueSeen, decided_for
+from leasehold.store.transaction import Applied, Refused, Transaction, commit
+
+_log = logging.getLogger(__name__)
+
+COMMIT_TIMEOUT = 5.0
+"""Seconds for one transaction, its retries included."""
+CATCH_UP = 2.0
+"""Seconds that the mirror may lag behind a transaction of our own before we go on regardless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The one place from which a coordinator writes."""
+
+    kv: Kv
+    cluster: Cluster
+    name: str
+
+    @property
+    def keys(self) -> Keys:
+        return self.cluster.keys
+
+    @property
+    def author(self) -> Author:
+        return Author(self.keys, self.name)
+
+    async def commit(
+        self, transaction: Transaction, otherwise: Sequence[Operation] = ()
+    ) -> Applied | Refused:
+        """Settle a transaction, and wait until the mirror shows its result, or why it was refused."""
+        outcome = await commit(self.kv, transaction, timeout=COMMIT_TIMEOUT, otherwise=otherwise)
+        if isinstance(outcome, Refused) and outcome.lease_gone:
+            # The session that is gone is about to be seen; a read tells up to where to look.
+            reached, _ = await self.kv.read(Get(self.keys.prefix))
+        else:
+            reached = outcome.revision
+        if isinstance(outcome, Applied):
+            await self.cluster.reached(reached, CATCH_UP)
+        else:
+            await self._passed(reached)
+        return outcome
+
+    async def _passed(self, revision: int) -> None:
+        # The revision of a refusal may lie outside our prefix and never come by. What it was refused for lies
+        # within, and comes at once or has come.
+        await self.cluster.reached(revision, 0.05)
+
+    def transaction(self, view: DeviceView, decision: Decision) -> Transaction | None:
+        """The transaction that carries out a decision about requests that stand in the queue; None to wait.
+
+        For one that has just arrived, its submission is part of it.
+        """
+        queue = QueueSeen(view.device, view.state.revision)
+        match decision:
+            case Wait():
+                return None
+            case Assign(reason, target, waiting):
+                request = waiting.request.request if waiting else NO_REQUEST
+                made = ownership.assign(self.author, view.state, target, reason=reason, request=request)
+                return self._for(made, queue, waiting) if waiting else made
+            case Direct(reason, target, waiting):
+                request = waiting.request.request
+                made = ownership.direct(self.author, view.state, target, reason=reason, request=request)
+                return self._for(made, queue, waiting)
+            case Give(reason, waiting):
+                return self._give(view, queue, waiting, reason)
+            case Reject(reason, waiting):
+                if waiting.stored is None:
+                    return None
+                return requests.refuse(self.keys, waiting.stored, RequestState.REJECTED, reason=reason)
+
+    def _give(self, view: DeviceView, queue: QueueSeen, waiting: Waiting, reason: str) -> Transaction | None:
+        if waiting.stored is None:
+            return requests.submit_granted(self.keys, view.state, queue, waiting.request, reason=reason)
+        if waiting.client is None:
+            return None
+        return requests.grant(self.keys, view.state, queue, waiting.stored, waiting.client, reason=reason)
+
+    def _for(self, made: Transaction, queue: QueueSeen, waiting: Waiting) -> Transaction:
+        if waiting.stored is None:
+            submitted = requests.submit(self.keys, waiting.request)
+            # Its outcome is found by the change in the history, which only this transaction writes.
+            made = made.with_(submitted)
+        return decided_for(self.keys, made, queue, waiting.stored)

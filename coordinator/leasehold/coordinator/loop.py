@@ -1,0 +1,199 @@
+"""The loop that plans: for each device this coordinator is the home of, whenever something about it changed.
+
+Level-triggered: it keeps the set of devices to look at, never what happened to them. A device is looked at
+by one task at a time. A transaction that is refused was decided on what has changed since; the mirror shows
+the change in a moment, and the device is looked at again. Two coordinators that both believe to be home do
+no harm.
+
+What one look at a device may do, in this order:
+
+    a client is gone       -> its request is cancelled, or its access ended with the path marked as exposed
+    a request waited long  -> EXPIRED
+    the planner decides    -> assign, direct, grant, reject, or nothing
+"""
+
+import asyncio
+import logging
+
+from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.planner import Wait, decide
+from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.runtime.roster import rendezvous
+from leasehold.store import requests
+from leasehold.store.errors import StoreError
+from leasehold.store.ownership import NotPossible
+from leasehold.store.records import CoordinatorId, DeviceId, RequestId, RequestState
+from leasehold.store.transaction import Applied, Refused
+
+_log = logging.getLogger(__name__)
+
+RETRY = 0.5
+"""Seconds after which a device is looked at again when etcd refused or failed a transaction: by then whatever
+the refusal was about has long come by, so this only matters when nothing changes."""
+
+
+class Loop:
+    """See the module. `look` may be called at any time on the event loop; `run` does the work."""
+
+    def __init__(self, cluster: Cluster, ledger: Ledger, name: CoordinatorId) -> None:
+        self._cluster = cluster
+        self._ledger = ledger
+        self._name = name
+        self._dirty: set[DeviceId] = set()
+        self._busy: set[DeviceId] = set()
+        self._wake = asyncio.Event()
+        self._homes: tuple[CoordinatorId, ...] = ()
+        self._home_of: dict[DeviceId, bool] = {}
+        self._seen: dict[RequestId, float] = {}
+        self._decided: dict[DeviceId, str] = {}
+
+    def look(self, devices: frozenset[DeviceId] | None) -> None:
+        """Look at these devices, None for all."""
+        coordinators = tuple(sorted(self._cluster.coordinators))
+        if coordinators != self._homes:
+            self._homes = coordinators
+            self._home_of.clear()
+        self._dirty |= self._cluster.known_devices if devices is None else devices
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Plan for ever."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                ready = [device for device in self._dirty if device not in self._busy]
+                self._dirty.difference_update(ready)
+                for device in ready:
+                    if self._is_home(device) and self._has_work(device):
+                        self._busy.add(device)
+                        group.create_task(self._guarded(device))
+
+    def _is_home(self, device: DeviceId) -> bool:
+        home = self._home_of.get(device)
+        if home is None:
+            home = rendezvous(device, self._homes)[:1] == [self._name]
+            self._home_of[device] = home
+        return home
+
+    def _has_work(self, device: DeviceId) -> bool:
+        """Whether a look could do anything; most changes of a held device need nothing."""
+        view = self._cluster.view(device)
+        self._note(view)
+        return bool(view.queue or view.state.grants)
+
+    async def _guarded(self, device: DeviceId) -> None:
+        try:
+            await self._sync(device)
+        except (StoreError, NotPossible) as error:
+            _log.warning("device %s: %s", device, error)
+            self._later(device, RETRY)
+        finally:
+            self._busy.discard(device)
+            if device in self._dirty:
+                self._wake.set()
+
+    async def _sync(self, device: DeviceId) -> None:
+        if await self._depart(device):
+            self._again(device)
+            return
+        view = self._cluster.view(device)
+        if late := self._expired(view):
+            reason = f"it waited longer than {late.request.wait_seconds} s"
+            if late.stored:
+                await self._ledger.commit(
+                    requests.refuse(self._ledger.keys, late.stored, RequestState.EXPIRED, reason=reason)
+                )
+            self._again(device)
+            return
+        try:
+            decision = decide(view)
+            transaction = self._ledger.transaction(view, decision)
+        except NotPossible:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the request that goes
+            # One request must not hold up the others behind it, whatever it is that makes it impossible.
+            _log.exception("device %s can not be planned", device)
+            await self._reject_first(view, f"planning failed: {type(error).__name__}: {error}")
+            return
+        if transaction is None:
+            return
+        outcome = await self._ledger.commit(transaction)
+        if isinstance(outcome, Refused):
+            _log.info("device %s: refused (%s): %s", device, type(decision).__name__, decision.reason)
+            self._later(device, RETRY)
+        elif not isinstance(decision, Wait):
+            _log.info("device %s: %s: %s", device, type(decision).__name__, decision.reason)
+            self._again(device)
+
+    def _note(self, view: DeviceView) -> None:
+        """An alarm for what an operator has to look at, once for each thing that is wrong."""
+        wrong = view.state.unreadable
+        if wrong and self._decided.get(view.device) != wrong:
+            _log.error("device %s is busy until an operator has looked: %s", view.device, wrong)
+        self._decided[view.device] = wrong
+
+    async def _depart(self, device: DeviceId) -> bool:
+        """End what belongs to clients that are gone. Whether there was anything."""
+        view = self._cluster.view(device)
+        keys = self._ledger.keys
+        ended = False
+        for waiting in view.queue:
+            if waiting.client is None and waiting.stored is not None:
+                reason = "its client is gone"
+                await self._ledger.commit(
+                    requests.refuse(keys, waiting.stored, RequestState.CANCELLED, reason=reason)
+                )
+                ended = True
+        for grant in view.state.grants:
+            request = self._cluster.requests.get(grant.value.request)
+            gone = grant.value.request not in self._cluster.clients
+            if request is None or not gone or request.value.state is not RequestState.GRANTED:
+                continue
+            outcome = await self._ledger.commit(
+                requests.end(
+                    keys,
+                    self._cluster.state(device),
+                    request,
+                    reason="its client is gone and did not release it",
+                    path_exposed=True,
+                )
+            )
+            if isinstance(outcome, Applied):
+                _log.warning(
+                    "device %s: access %s of %s ended: its client is gone",
+                    device,
+                    request.value.request,
+                    request.value.client,
+                )
+            ended = True
+        return ended
+
+    def _expired(self, view: DeviceView) -> Waiting | None:
+        """The first request that waits longer than it was willing to; the others are given a timer."""
+        now = asyncio.get_running_loop().time()
+        for waiting in view.queue:
+            limit = waiting.request.wait_seconds
+            if not limit:
+                continue
+            since = self._seen.setdefault(waiting.request.request, now)
+            if now >= since + limit:
+                del self._seen[waiting.request.request]
+                return waiting
+            if since == now:
+                self._later(view.device, limit)
+        return None
+
+    async def _reject_first(self, view: DeviceView, reason: str) -> None:
+        first = next((waiting.stored for waiting in view.queue if waiting.stored), None)
+        if first is not None:
+            await self._ledger.commit(
+                requests.refuse(self._ledger.keys, first, RequestState.REJECTED, reason=reason)
+            )
+
+    def _again(self, device: DeviceId) -> None:
+        self.look(frozenset((device,)))
+
+    def _later(self, device: DeviceId, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._again, device)

@@ -1,0 +1,84 @@
+"""From records to the messages of the public contract."""
+
+from typing import cast
+
+from leasehold.coordinator.planner import decide
+from leasehold.coordinator.view import DeviceView
+from leasehold.store.codec import Stored, to_message
+from leasehold.store.ownership import DeviceState
+from leasehold.store.records import AccessRequest, Grant, HolderState, RequestId, RequestState
+from leasehold.v1 import access_pb2, devices_pb2, records_pb2
+
+
+def request_message(request: AccessRequest) -> records_pb2.AccessRequest:
+    return cast("records_pb2.AccessRequest", to_message(request))
+
+
+def standing_access(state: DeviceState, request: RequestId) -> access_pb2.Access | None:
+    """The access of a granted request, if its device is active in the epoch of the grant: then the path is
+    the one that the holder published, at the revision of `state`.
+    """
+    holder = state.holder
+    grant = grant_of(state, request)
+    if holder is None or grant is None or state.unreadable:
+        return None
+    if holder.value.state is not HolderState.ACTIVE or holder.value.epoch != grant.epoch:
+        return None
+    return access_pb2.Access(
+        request=request,
+        device=state.device,
+        path=grant.path,
+        controller=grant.controller,
+        epoch=grant.epoch,
+        revision=state.revision,
+    )
+
+
+def grant_of(state: DeviceState, request: RequestId) -> Grant | None:
+    return next((grant.value for grant in state.grants if grant.value.request == request), None)
+
+
+def access_status(
+    view: DeviceView, stored: Stored[AccessRequest], access_ttl: int
+) -> access_pb2.AccessStatus:
+    """A request as it stands in `view`."""
+    request = stored.value
+    access = None
+    reason = request.reason
+    if request.state is RequestState.GRANTED:
+        access = standing_access(view.state, request.request)
+    if request.state is RequestState.PENDING or (request.state is RequestState.GRANTED and access is None):
+        reason = waiting_reason(view, request)
+    return access_pb2.AccessStatus(
+        request=request_message(request),
+        access=access,
+        position=view.position(request.request),
+        reason=reason,
+        access_ttl_seconds=access_ttl,
+    )
+
+
+def waiting_reason(view: DeviceView, request: AccessRequest) -> str:
+    """What a request waits for, in a sentence."""
+    ahead = view.position(request.request) - 1
+    reason = decide(view).reason
+    if ahead > 0:
+        return f"{ahead} before it; {reason}"
+    return reason
+
+
+def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
+    """A device as it stands in `view`."""
+    state = view.state
+    status = devices_pb2.DeviceStatus(
+        queued=len(view.queue), reason=decide(view).reason, revision=state.revision
+    )
+    if state.spec:
+        status.device.CopyFrom(cast("records_pb2.Device", to_message(state.spec.value)))
+    if state.holder:
+        status.holder.CopyFrom(cast("records_pb2.Holder", to_message(state.holder.value)))
+    if state.epochs:
+        status.epochs.CopyFrom(cast("records_pb2.Epochs", to_message(state.epochs.value)))
+    for grant in state.grants:
+        status.grants.append(cast("records_pb2.Grant", to_message(grant.value)))
+    return status

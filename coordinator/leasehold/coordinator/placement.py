@@ -1,0 +1,65 @@
+"""Which controllers could serve a device, the best first, and why the others could not."""
+
+from dataclasses import dataclass
+
+from leasehold.coordinator.view import DeviceView
+from leasehold.runtime.roster import rendezvous
+from leasehold.store.records import Controller, ControllerId
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The candidates in order of preference, and a sentence for each that is none."""
+
+    candidates: tuple[Controller, ...]
+    refused: dict[ControllerId, str]
+
+    @property
+    def best(self) -> Controller | None:
+        return self.candidates[0] if self.candidates else None
+
+    def why(self) -> str:
+        """Why there is no candidate."""
+        if not self.refused:
+            return "no controller is registered that has its driver"
+        return "; ".join(f"{name} {reason}" for name, reason in sorted(self.refused.items()))
+
+
+def can_ever_serve(view: DeviceView, controller: ControllerId) -> bool:
+    """Whether the device's spec lets this controller hold it, registered now or not."""
+    spec = view.state.spec
+    return spec is not None and (not spec.value.controllers or controller in spec.value.controllers)
+
+
+def refusal(view: DeviceView, name: ControllerId) -> str:
+    """Why this controller can not be given the device now; empty if it can."""
+    spec = view.state.spec
+    if spec is None:
+        return "can not serve a device without a spec"
+    if not can_ever_serve(view, name):
+        return "is not among the device's controllers"
+    controller = view.controllers.get(name)
+    if controller is None:
+        return "is not registered"
+    if spec.value.driver not in controller.drivers:
+        return f"does not have the driver {spec.value.driver}"
+    if controller.draining:
+        return "is draining"
+    return ""
+
+
+def place(view: DeviceView) -> Placement:
+    """Fewest recent failures first, then the spec's order, then fewest devices held, then rendezvous."""
+    spec = view.state.spec
+    wanted = spec.value.controllers if spec else ()
+    names = wanted or tuple(sorted(view.controllers))
+    refused = {name: reason for name in names if (reason := refusal(view, name))}
+    fit = [name for name in names if name not in refused]
+    drawn = {name: rank for rank, name in enumerate(rendezvous(view.device, fit))}
+
+    def rank(name: ControllerId) -> tuple[int, int, int, int]:
+        lately = view.availability.get(name)
+        preference = wanted.index(name) if wanted else 0
+        return lately.failures if lately else 0, preference, view.held.get(name, 0), drawn[name]
+
+    return Placement(tuple(view.controllers[name] for name in sorted(fit, key=rank)), refused)

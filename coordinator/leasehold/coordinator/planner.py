@@ -1,0 +1,142 @@
+"""What should happen to a device, decided from one snapshot of it. Pure: no clock, no I/O, no randomness.
+
+Every decision comes with a sentence that tells a person why. The rules, in order:
+
+1. What can not be understood is busy.
+2. Without a holder but with unreleased epochs it is busy: the controllers take it over and fence.
+3. Free: it goes to the best candidate for the clients that have access, else for the first request that can
+   be served.
+4. On its way (ACTIVATING, YIELDING): wait.
+5. In use: wait. Access is exclusive.
+6. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
+   by a transfer. If an earlier client may still know the path, even the same controller begins a new epoch.
+
+A request whose controller is not available now does not hold up those behind it.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from leasehold.coordinator.placement import can_ever_serve, place, refusal
+from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.store.records import Controller, ControllerId, Holder, HolderState
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do now."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Give the free device to `target`, for `waiting`, or for those that have access already."""
+
+    reason: str
+    target: Controller
+    waiting: Waiting | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """Have the holder pass the device to `target`."""
+
+    reason: str
+    target: Controller
+    waiting: Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Give:
+    """Grant the request where the device is."""
+
+    reason: str
+    waiting: Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The request can never be served."""
+
+    reason: str
+    waiting: Waiting
+
+
+Decision: TypeAlias = Wait | Assign | Direct | Give | Reject
+
+
+def decide(view: DeviceView) -> Decision:
+    """The next step for this device."""
+    state = view.state
+    if state.unreadable:
+        return Wait(f"it is busy until an operator has looked: {state.unreadable}")
+    if state.spec is None:
+        if view.queue:
+            return Reject("the device's spec was deleted", view.queue[0])
+        return Wait("the device has no spec")
+    for waiting in view.queue:
+        wanted = waiting.request.controller
+        if wanted and not can_ever_serve(view, wanted):
+            return Reject(f"{wanted} is not among the device's controllers", waiting)
+    if state.holder is not None:
+        return _held(view, state.holder.value)
+    if state.unreleased:
+        last = max(state.unreleased, key=lambda item: item.epoch)
+        return Wait(
+            f"epoch {last.epoch} of {last.controller} is not proved to be over; a successor is to fence it"
+        )
+    return _free(view)
+
+
+def _free(view: DeviceView) -> Decision:
+    placement = place(view)
+    if view.state.grants:
+        if placement.best is None:
+            return Wait(f"nobody can serve it: {placement.why()}")
+        return Assign(f"{placement.best.controller} is to serve its clients again", placement.best)
+    if not view.queue:
+        return Wait("nobody asks for it")
+    for waiting in view.queue:
+        wanted = waiting.request.controller
+        if not wanted and placement.best is not None:
+            return Assign(f"it is free, and {placement.best.controller} serves best", placement.best, waiting)
+        if wanted and not refusal(view, wanted):
+            return Assign(f"it is free, and {wanted} is wanted", view.controllers[wanted], waiting)
+    return Wait(_nobody_eligible(view, placement.why()))
+
+
+def _held(view: DeviceView, holder: Holder) -> Decision:
+    where = f"{holder.controller} in epoch {holder.epoch}"
+    if holder.state is HolderState.ACTIVATING:
+        return Wait(f"{where} is activating it")
+    if holder.state is HolderState.YIELDING:
+        target = holder.target.controller if holder.target else "nobody"
+        return Wait(f"{where} is passing it to {target}")
+    if view.state.grants:
+        using = ", ".join(f"{grant.value.request} of {grant.value.client}" for grant in view.state.grants)
+        return Wait(f"it is in use through {where} by {using}")
+    placement = place(view)
+    serving = not refusal(view, holder.controller)
+    for waiting in view.queue:
+        wanted = waiting.request.controller or (holder.controller if serving else ControllerId(""))
+        if wanted == holder.controller and serving and not holder.path_exposed:
+            return Give(f"{holder.controller} serves it already", waiting)
+        if wanted == holder.controller and serving:
+            reason = f"{holder.controller} begins a new epoch: an earlier client may still know the path"
+            return Direct(reason, view.controllers[holder.controller], waiting)
+        if wanted and not refusal(view, wanted):
+            return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
+        if not wanted and placement.best is not None:
+            reason = f"{holder.controller} {refusal(view, holder.controller)}"
+            return Direct(reason, placement.best, waiting)
+    if not view.queue:
+        return Wait(f"{where} serves it, and nobody asks for it")
+    return Wait(_nobody_eligible(view, placement.why()))
+
+
+def _nobody_eligible(view: DeviceView, why: str) -> str:
+    wanted = view.queue[0].request.controller
+    if wanted:
+        return f"{wanted} is wanted, but {refusal(view, wanted)}"
+    return f"nobody can serve it: {why}"

@@ -1,0 +1,91 @@
+"""What a client's stream is told, derived from the mirror.
+
+Level-triggered, so a slow reader costs nothing: what it did not take in time it never hears of, only what
+holds now. Two events of the same kind and content are one.
+"""
+
+from leasehold.coordinator.messages import standing_access, waiting_reason
+from leasehold.coordinator.view import DeviceView
+from leasehold.store.codec import Stored
+from leasehold.store.records import AccessRequest, HolderState, RequestState
+from leasehold.v1 import access_pb2, records_pb2
+
+
+class ClientSession:
+    """One client's stream: remembers what it was told."""
+
+    def __init__(self, request_id: str, access_ttl: int) -> None:
+        self._request_id = request_id
+        self._access_ttl = access_ttl
+        self._last: access_pb2.RequestAccessResponse | None = None
+        self._path_of: int = 0
+        """The epoch whose path the client was told; 0 before the first."""
+
+    def next(
+        self, view: DeviceView, stored: Stored[AccessRequest] | None
+    ) -> access_pb2.RequestAccessResponse | None:
+        """What is to be told now; None if the client knows it."""
+        event = self._event(view, stored)
+        if event is None:
+            return None
+        event.request_id = self._request_id
+        event.access_ttl_seconds = self._access_ttl
+        if _same(event, self._last):
+            return None
+        self._last = event
+        return event
+
+    def _event(
+        self, view: DeviceView, stored: Stored[AccessRequest] | None
+    ) -> access_pb2.RequestAccessResponse | None:
+        if stored is None:
+            state = records_pb2.REQUEST_STATE_ENDED
+            ended = access_pb2.Ended(state=state, reason="the request is not on record any more")
+            return access_pb2.RequestAccessResponse(ended=ended)
+        request = stored.value
+        if request.state.over:
+            state = records_pb2.RequestState.Value(f"REQUEST_STATE_{request.state}")
+            return access_pb2.RequestAccessResponse(
+                ended=access_pb2.Ended(state=state, reason=request.reason)
+            )
+        if request.state is RequestState.GRANTED:
+            return self._granted(view, request)
+        return self._pending(view, request)
+
+    def _granted(self, view: DeviceView, request: AccessRequest) -> access_pb2.RequestAccessResponse | None:
+        access = standing_access(view.state, request.request)
+        if access is not None:
+            first = self._path_of in (0, access.epoch)
+            self._path_of = access.epoch
+            if first:
+                return access_pb2.RequestAccessResponse(granted=access)
+            return access_pb2.RequestAccessResponse(moved=access)
+        revoked = access_pb2.Revoked(reason=waiting_reason(view, request))
+        return access_pb2.RequestAccessResponse(revoked=revoked)
+
+    def _pending(self, view: DeviceView, request: AccessRequest) -> access_pb2.RequestAccessResponse:
+        holder = view.state.holder.value if view.state.holder else None
+        if holder and holder.request == request.request and holder.state is not HolderState.ACTIVE:
+            yielding = holder.state is HolderState.YIELDING
+            target = holder.target.controller if holder.target else ""
+            transferring = access_pb2.Transferring(
+                from_controller=holder.controller if yielding else "",
+                to_controller=target if yielding else holder.controller,
+                reason=waiting_reason(view, request),
+            )
+            return access_pb2.RequestAccessResponse(transferring=transferring)
+        queued = access_pb2.Queued(
+            position=view.position(request.request), reason=waiting_reason(view, request)
+        )
+        return access_pb2.RequestAccessResponse(queued=queued)
+
+
+def _same(event: access_pb2.RequestAccessResponse, last: access_pb2.RequestAccessResponse | None) -> bool:
+    if last is None or event.WhichOneof("event") != last.WhichOneof("event"):
+        return False
+    if event.HasField("granted") or event.HasField("moved"):
+        # The revision moves on with every change around; the path is what the client needs to know.
+        now = event.granted if event.HasField("granted") else event.moved
+        before = last.granted if last.HasField("granted") else last.moved
+        return now.epoch == before.epoch and now.path == before.path
+    return event == last

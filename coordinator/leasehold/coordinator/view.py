@@ -1,0 +1,54 @@
+"""Everything a decision about one device looks at, as the mirror shows it between two transactions.
+
+Use it before the next `await`: the tables of controllers are the mirror's own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from leasehold.store.codec import Stored
+from leasehold.store.ownership import DeviceState
+from leasehold.store.records import (
+    AccessRequest,
+    Availability,
+    Client,
+    Controller,
+    ControllerId,
+    DeviceId,
+    RequestId,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request in the queue of a device.
+
+    `stored` is None for one that has only just arrived and stands nowhere yet; `client` is None when the
+    client is gone.
+    """
+
+    request: AccessRequest
+    stored: Stored[AccessRequest] | None = None
+    client: Stored[Client] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """One device at one revision. `queue` is in the order in which its requests are to be served."""
+
+    state: DeviceState
+    queue: tuple[Waiting, ...] = ()
+    controllers: Mapping[ControllerId, Controller] = field(default_factory=dict)
+    availability: Mapping[ControllerId, Availability] = field(default_factory=dict)
+    held: Mapping[ControllerId, int] = field(default_factory=dict)
+    """How many devices each controller holds."""
+
+    @property
+    def device(self) -> DeviceId:
+        return self.state.device
+
+    def position(self, request: RequestId) -> int:
+        """Place in the queue from 1; 0 if it is not there."""
+        for place, waiting in enumerate(self.queue, 1):
+            if waiting.request.request == request:
+                return place
+        return 0

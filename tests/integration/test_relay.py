@@ -1,0 +1,208 @@
+"""Calls at a controller reach a coordinator and come back as they would from it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from etcd_server import free_port
+from installation import Installation
+from leasehold.controller.relay import METHODS, SERVICES, Relay
+from leasehold.runtime.api import ApiError, ApiServer, answering
+from leasehold.store.codec import encode
+from leasehold.store.records import Coordinator, CoordinatorId, InstanceId, lease_number
+from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc
+
+
+class Access(access_pb2_grpc.AccessServiceServicer):
+    """What a coordinator might answer, and what it was asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[tuple[str, dict[str, Any], float | None]] = []
+        self.cancelled = asyncio.Event()
+
+    async def GetAccess(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        self.calls.append((request.request_id, dict(context.invocation_metadata()), context.time_remaining()))
+
+        async def answer() -> Any:
+            if request.request_id == "none":
+                raise ApiError(grpc.StatusCode.NOT_FOUND, "NO_REQUEST", "there is none", request="none")
+            if request.request_id == "unknown":
+                raise ApiError(grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN", "read back")
+            status = access_pb2.AccessStatus(reason=self.name)
+            return access_pb2.GetAccessResponse(status=status)
+
+        context.set_trailing_metadata((("x-served-by", self.name),))
+        return await answering(context, answer)
+
+    async def RequestAccess(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.calls.append((request.request_id, {}, None))
+        for position in (3, 2, 1):
+            queued = access_pb2.Queued(position=position, reason=self.name)
+            yield access_pb2.RequestAccessResponse(request_id=request.request_id, queued=queued)
+        if request.request_id == "breaks":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "in the middle")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+
+class Relayed:
+    """A controller's API in front of coordinators that a test starts."""
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation = installation
+        self.relay = Relay("a")
+        self.front = ApiServer("127.0.0.1:0", SERVICES)
+        self.front.server.add_generic_rpc_handlers((self.relay,))
+        self.servers: list[ApiServer] = []
+        self.channel: grpc.aio.Channel
+
+    async def __aenter__(self) -> "Relayed":
+        port = await self.front.start()
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        installation = self.installation
+        self.following = asyncio.create_task(self.relay.follow(installation.connection, installation.keys))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.following.cancel()
+        await asyncio.gather(self.following, return_exceptions=True)
+        await self.channel.close()
+        await self.front.stop(0)
+        await self.relay.close()
+        for server in self.servers:
+            await server.stop(0)
+
+    async def coordinator(self, name: str) -> Access:
+        servicer = Access(name)  # type: ignore[abstract]
+        server = ApiServer("127.0.0.1:0")
+        access_pb2_grpc.add_AccessServiceServicer_to_server(servicer, server.server)
+        port = await server.start()
+        self.servers.append(server)
+        await self.register(name, f"127.0.0.1:{port}")
+        return servicer
+
+    async def register(self, name: str, endpoint: str) -> None:
+        session = await self.installation.lease()
+        record = Coordinator(
+            coordinator=CoordinatorId(name),
+            instance=InstanceId("i"),
+            session_lease=session,
+            endpoint=endpoint,
+        )
+        key = self.installation.keys.coordinator(record.coordinator)
+        await self.installation.kv.put(key, encode(record), lease_number(session))
+
+    async def get(self, request: str, **options: Any) -> Any:
+        """The call and its answer, once the relay knows of a coordinator."""
+        stub: Any = access_pb2_grpc.AccessServiceStub(self.channel)
+        async with asyncio.timeout(5):
+            while True:
+                call = stub.GetAccess(access_pb2.GetAccessRequest(request_id=request), **options)
+                try:
+                    return call, await call
+                except grpc.aio.AioRpcError as error:
+                    if "no coordinator answers" not in (error.details() or ""):
+                        raise
+                    await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def relayed(installation: Installation) -> AsyncIterator[Relayed]:
+    async with Relayed(installation) as made:
+        yield made
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    """The reason of the ErrorInfo that came with it."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    assert status is not None
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return str(info.reason)
+
+
+def test_knows_every_method_of_the_api() -> None:
+    assert METHODS["/leasehold.v1.AccessService/RequestAccess"] is True
+    assert METHODS["/leasehold.v1.DeviceService/TransferDevice"] is False
+    assert len(SERVICES) == 4
+
+
+async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:
+    coordinator = await relayed.coordinator("c1")
+    call, answer = await relayed.get("r1", timeout=7, metadata=(("x-client", "backup"),))
+    assert answer.status.reason == "c1"
+    ((request, metadata, left),) = coordinator.calls
+    assert request == "r1"
+    assert metadata["x-client"] == "backup"
+    assert left is not None
+    assert 0 < left <= 7
+    assert dict(await call.trailing_metadata())["x-served-by"] == "c1"
+
+
+@pytest.mark.parametrize(
+    ("request_id", "code", "why"),
+    [
+        ("none", grpc.StatusCode.NOT_FOUND, "NO_REQUEST"),
+        ("unknown", grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"),
+    ],
+)
+async def test_keeps_the_details_of_an_error(
+    relayed: Relayed, request_id: str, code: grpc.StatusCode, why: str
+) -> None:
+    one, two = await relayed.coordinator("c1"), await relayed.coordinator("c2")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await relayed.get(request_id)
+    assert caught.value.code() is code
+    assert reason(caught.value) == why
+    # An error with details is an answer: nobody else is asked.
+    assert len(one.calls) + len(two.calls) == 1
+
+
+async def test_tries_the_next_when_one_does_not_answer(relayed: Relayed) -> None:
+    await relayed.register("dead1", f"127.0.0.1:{free_port()}")
+    await relayed.register("dead2", f"127.0.0.1:{free_port()}")
+    await relayed.register("dead3", f"127.0.0.1:{free_port()}")
+    await relayed.coordinator("c1")
+    for number in range(3):
+        _, answer = await relayed.get(f"r{number}")
+        assert answer.status.reason == "c1"
+
+
+async def test_says_so_when_there_is_nobody(relayed: Relayed) -> None:
+    stub: Any = devices_pb2_grpc.DeviceServiceStub(relayed.channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetDevice(devices_pb2.GetDeviceRequest(device="d1"))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(caught.value) == "NO_COORDINATOR"
+
+
+async def test_passes_a_stream_through_until_the_client_leaves(relayed: Relayed) -> None:
+    coordinator = await relayed.coordinator("c1")
+    await relayed.get("r0")
+    stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
+    call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="r1"))
+    positions = [(await call.read()).queued.position for _ in range(3)]
+    assert positions == [3, 2, 1]
+    call.cancel()
+    async with asyncio.timeout(5):
+        await coordinator.cancelled.wait()
+
+
+async def test_a_stream_that_breaks_is_not_begun_again(relayed: Relayed) -> None:
+    one, two = await relayed.coordinator("c1"), await relayed.coordinator("c2")
+    await relayed.get("r0")
+    stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
+    call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="breaks"))
+    assert [(await call.read()).queued.position for _ in range(3)] == [3, 2, 1]
+    with pytest.raises(grpc.aio.AioRpcError, match="in the middle"):
+        await call.read()
+    assert len([name for name, _, _ in one.calls + two.calls if name == "breaks"]) == 1
