@@ -18,7 +18,10 @@ from leasehold.store.codec import decode, encode
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import Controller, ControllerId, Device, HolderState
 
-CODE = "import sys; from pathlib import Path; from leasehold.controller.command import run; sys.exit(run(Path(sys.argv[1])))"
+CODE = (
+    "import sys; from pathlib import Path; from leasehold.controller.command import run;"
+    " sys.exit(run(Path(sys.argv[1])))"
+)
 SIZE = 1 << 20
 
 

@@ -149,9 +149,12 @@ def test_nothing_outlives_it(tmp_path: Path) -> None:
 
 def test_a_directory_is_taken_up_again(tmp_path: Path) -> None:
     for _ in range(2):
-        with DevCluster(tmp_path, devices=1) as cluster, sync.connect(*cluster.endpoints) as leasehold:
-            with leasehold.access("disk-1") as access:
-                epoch = access.epoch
+        with (
+            DevCluster(tmp_path, devices=1) as cluster,
+            sync.connect(*cluster.endpoints) as leasehold,
+            leasehold.access("disk-1") as access,
+        ):
+            epoch = access.epoch
     assert epoch >= 2, "an epoch was given out twice"
 
 

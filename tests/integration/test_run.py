@@ -1,4 +1,4 @@
-"""`leasehold run` against a real cluster: the command has the data path while it may, and not a moment longer."""
+"""`leasehold run` against a real cluster: the command has its device while it may, and not longer."""
 
 import contextlib
 import os

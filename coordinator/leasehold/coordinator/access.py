@@ -37,12 +37,11 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         self._desk = Desk(cluster, ledger, leases)
         self._reader = Reader(ledger.kv, cluster)
 
-    def RequestAccess(  # noqa: N802
-        self,
-        request: access_pb2.RequestAccessRequest,
-        context: Any,
+    async def RequestAccess(  # noqa: N802
+        self, request: access_pb2.RequestAccessRequest, context: Any
     ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
-        return streaming(context, self._session(request))
+        async for event in streaming(context, self._session(request)):
+            yield event
 
     async def _session(
         self, request: access_pb2.RequestAccessRequest

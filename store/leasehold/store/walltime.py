@@ -3,6 +3,10 @@
 from datetime import UTC, datetime
 
 
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
 def timestamp() -> str:
     """Now, in RFC 3339 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
