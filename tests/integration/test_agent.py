@@ -1,6 +1,7 @@
 """Whole controllers on a real etcd, with a device in memory that notices two writers."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.session import NameTaken
 from leasehold.store import ownership
 from leasehold.store.codec import decode, encode
-from leasehold.store.kv import Snapshot
+from leasehold.store.connection import Connection, EtcdConfig
+from leasehold.store.errors import OutcomeUnknown
+from leasehold.store.kv import Compare, Kv, Operation, Put, Snapshot, TxnResult
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import (
     Availability,
@@ -172,21 +175,27 @@ class Site:
         for daemon in self.running:
             await daemon.stop()
 
-    async def device(self, *controllers: str, takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF) -> None:
+    async def device(
+        self, *controllers: str, ttl: int = 5, takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF
+    ) -> None:
         spec = Device(
             device=DISK,
             driver="nbd",
             parameters={"backing": "/dev/null"},
             controllers=tuple(ControllerId(name) for name in controllers),
-            ttl_seconds=5,
+            ttl_seconds=ttl,
             takeover=takeover,
         )
         await self.installation.kv.put(self.installation.keys.device(DISK), encode(spec))
 
-    async def registered(self, name: str) -> Controller:
+    async def find(self, name: str) -> Controller | None:
         found = await self.installation.kv.get(self.installation.keys.controller(ControllerId(name)))
+        return decode(Controller, found).value if found else None
+
+    async def registered(self, name: str) -> Controller:
+        found = await self.find(name)
         assert found is not None
-        return decode(Controller, found).value
+        return found
 
     async def assign(self, name: str) -> None:
         """What a coordinator does for a free device."""
@@ -357,9 +366,7 @@ async def test_takes_over_a_live_holder_that_lost_its_session(site: Site) -> Non
     # Whoever has it in the end, the fake device has seen no two writers and no lower epoch.
     await site.until(
         lambda state: (
-            (state.epoch > 1
-            and state.holder is not None
-            and state.holder.value.state is HolderState.ACTIVE)
+            (state.epoch > 1 and state.holder is not None and state.holder.value.state is HolderState.ACTIVE)
             or state.free
         )
     )
@@ -592,3 +599,86 @@ async def test_sweeps_an_assignment_of_no_use(site: Site) -> None:
         return True if await site.installation.kv.get(key) is None else None
 
     await eventually(swept)
+
+
+async def test_stops_by_its_deadline_when_etcd_is_silent(tmp_path: Path) -> None:
+    with EtcdServer() as etcd:
+        async with Connection(EtcdConfig(endpoints=(etcd.endpoint,), timeout=10)) as connection:
+            site = Site(Installation(connection, "/silent/"), etcd.endpoint, tmp_path)
+            await site.device("a", ttl=4)
+            await site.controller("a", ttl=4)
+            await site.assign("a")
+            await site.serving("a")
+            etcd.stop()
+            began = time.monotonic()
+
+            async def stopped() -> bool | None:
+                return True if not site.storage.able(DISK) else None
+
+            try:
+                await eventually(stopped, within=4.0)
+                # The deadline, and not the silence, ended it.
+                assert time.monotonic() - began > 1.5
+                await eventually(lambda: _proved(site), within=2.0)
+            finally:
+                etcd.cont()
+            state = await site.until(lambda state: state.free, within=15.0)
+            assert state.epoch == 1
+            # It registers again by itself, and serves again in a new epoch.
+            await eventually(lambda: site.find("a"), within=15.0)
+            await site.assign("a")
+            await site.serving("a", epoch=2)
+            await site.close()
+            await examine(site.installation)
+
+
+async def _proved(site: Site) -> bool | None:
+    return True if ("a", "deactivate", DISK, 1) in site.storage.log else None
+
+
+class LostReplies:
+    """A way to etcd that loses the first reply to each kind of change of control, or the request."""
+
+    def __init__(self, kv: Kv, *, applied: bool) -> None:
+        self._txn = kv.txn
+        self.applied = applied
+        self.lost: set[str] = set()
+
+    async def __call__(
+        self,
+        compares: Sequence[Compare],
+        then: Sequence[Operation],
+        otherwise: Sequence[Operation] = (),
+        *,
+        timeout: float | None = None,
+    ) -> TxnResult:
+        for operation in then:
+            if isinstance(operation, Put) and "/history/" in operation.key:
+                kind = json.loads(operation.value)["kind"]
+                if kind not in self.lost:
+                    self.lost.add(kind)
+                    if self.applied:
+                        await self._txn(compares, then, otherwise, timeout=timeout)
+                    raise OutcomeUnknown("the reply was lost")
+        return await self._txn(compares, then, otherwise, timeout=timeout)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_finds_out_what_became_of_a_lost_reply(
+    site: Site, monkeypatch: pytest.MonkeyPatch, applied: bool
+) -> None:
+    await site.device("a", "b")
+    kinds: set[str] = set()
+    for name in ("a", "b"):
+        running = await site.controller(name)
+        lossy = LostReplies(running.context.kv, applied=applied)
+        lossy.lost = kinds
+        monkeypatch.setattr(running.context.kv, "txn", lossy)
+    await site.assign("a")
+    await site.serving("a", epoch=1)
+    await site.direct("b")
+    await site.serving("b", epoch=2)
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    await site.until(lambda state: state.free or state.epoch > 2)
+    await site.until(lambda state: state.free or state.held_by(ControllerId("a")))
+    assert {"CHANGE_KIND_ACTIVATED", "CHANGE_KIND_TRANSFERRED", "CHANGE_KIND_RELEASED"} <= kinds

@@ -113,6 +113,19 @@ def test_a_session_outlives_its_coordinator(cluster: DevCluster, leasehold: sync
         assert not access.lost
 
 
+def test_a_session_outlives_a_coordinator_that_hangs(cluster: DevCluster, leasehold: sync.Leasehold) -> None:
+    with leasehold.access("disk-3", controller="a") as access:
+        cluster.pause("manager-1")
+        try:
+            with sync.connect(cluster.coordinators["manager-2"].endpoint) as other:
+                other.transfer("disk-3", "b")
+            moved = next(change for change in access.changes() if isinstance(change, Moved))
+            assert moved.controller == "b"
+        finally:
+            cluster.resume("manager-1")
+        assert not access.lost
+
+
 @contextlib.contextmanager
 def dev(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
     """`leasehold dev` as a process, and what it printed."""

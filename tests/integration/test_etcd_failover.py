@@ -16,9 +16,7 @@ from leasehold.store.watch import watch
 
 @pytest.fixture
 async def abroad(cluster: EtcdCluster) -> AsyncIterator[Connection]:
-    """A connection to all three members that has been used."""
     async with Connection(EtcdConfig(cluster.endpoints)) as connection:
-        await Kv(connection).put("/warm", b"")
         yield connection
 
 
@@ -27,15 +25,18 @@ def prefer(connection: Connection, endpoint: int) -> None:
         connection.failed(connection.current)
 
 
-def prefer_follower(connection: Connection, cluster: EtcdCluster) -> None:
-    """The others then go on without an election when it fails."""
-    prefer(connection, (cluster.leader() + 1) % 3)
+async def prefer_follower(connection: Connection, cluster: EtcdCluster) -> None:
+    """Prefer a member without which the others go on without an election, and let it be known already."""
+    follower = (cluster.leader() + 1) % 3
+    prefer(connection, follower)
+    await Kv(connection).put("/warm", b"")
+    assert connection.current == follower
 
 
 async def test_a_killed_member_costs_a_read_next_to_nothing(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     revision = await Kv(abroad).put(f"{prefix}a", b"1")
     before = abroad.current
     cluster.members[before].kill()
@@ -50,7 +51,7 @@ async def test_a_killed_member_costs_a_read_next_to_nothing(
 async def test_a_stopped_member_costs_a_read_about_a_second_once(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     before = abroad.current
     cluster.members[before].stop()
     began = time.monotonic()
@@ -65,7 +66,7 @@ async def test_a_stopped_member_costs_a_read_about_a_second_once(
 async def test_a_stopped_leader_costs_a_read_little_more_than_the_election(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     cluster.members[cluster.leader()].stop()
     began = time.monotonic()
     await Kv(abroad).get(f"{prefix}a")
@@ -75,7 +76,7 @@ async def test_a_stopped_leader_costs_a_read_little_more_than_the_election(
 async def test_a_write_on_its_way_to_a_leader_that_stops_is_unknown_soon(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     await Kv(abroad).put(f"{prefix}a", b"1")
     cluster.members[cluster.leader()].stop()
     began = time.monotonic()
@@ -88,7 +89,7 @@ async def test_a_write_on_its_way_to_a_leader_that_stops_is_unknown_soon(
 async def test_a_write_to_a_stopped_member_is_unknown_and_never_repeated(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     stopped = cluster.members[abroad.current]
     stopped.stop()
     began = time.monotonic()
@@ -106,7 +107,7 @@ async def test_a_write_to_a_stopped_member_is_unknown_and_never_repeated(
 async def test_a_write_to_a_killed_member_goes_to_another(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     down = abroad.current
     cluster.members[down].kill()
     # The channel learns of the death on its own; only from then on is a write known not to be sent.
@@ -121,7 +122,7 @@ async def test_a_write_to_a_killed_member_goes_to_another(
 async def test_without_a_quorum_nothing_is_answered(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    prefer_follower(abroad, cluster)
+    await prefer_follower(abroad, cluster)
     for number, member in enumerate(cluster.members):
         if number != abroad.current:
             member.kill()

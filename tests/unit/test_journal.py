@@ -151,9 +151,9 @@ def test_refuses_a_newer_version(tmp_path: Path) -> None:
 
 
 async def test_records_changes_with_their_outcome(journal: Journal, tmp_path: Path) -> None:
-    journal.intend("c1", DISK, Epoch(1), "TRANSFERRED", "why")
-    journal.intend("c1", DISK, Epoch(1), "TRANSFERRED", "why")
-    journal.intend("c2", DISK, Epoch(2), "RELEASED", "why")
+    journal.intend("c1", DISK, Epoch(1), "TRANSFERRED")
+    journal.intend("c1", DISK, Epoch(1), "TRANSFERRED")
+    journal.intend("c2", DISK, Epoch(2), "RELEASED")
     journal.settle("c1", "applied at revision 7")
     await journal.checkpoint()
     database = sqlite3.connect(tmp_path / "journal.db")

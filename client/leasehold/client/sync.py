@@ -57,6 +57,7 @@ class Leasehold:
             raise RuntimeError("not entered")
         try:
             self.wait(self._inner.__aexit__(kind, error, trace))
+            self.wait(loop.shutdown_asyncgens())
         finally:
             self._loop = self._thread = None
             loop.call_soon_threadsafe(loop.stop)

@@ -311,7 +311,7 @@ class Agent:
     def _begin(self, device: DeviceId, epoch: Epoch, spec: Device | None) -> None:
         """A hold in PREPARING, its activation in the journal; or a refusal, and the epoch is over here."""
         context, me = self._context, self._session.me
-        if me is None:
+        if me is None or self.stopping:
             return
         driver = context.drivers.get(spec.driver) if spec else None
         try:

@@ -73,7 +73,7 @@ class Context:
 
         Raises `OutcomeUnknown` or `Unavailable` after the time that one call may take.
         """
-        self.journal.intend(transaction.change, device, epoch, what, "")
+        self.journal.intend(transaction.change, device, epoch, what)
         outcome = await commit(self.kv, transaction, timeout=self.timing.call)
         self.journal.settle(transaction.change, _words(outcome))
         return outcome

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 _CHECKPOINT = 30.0
 """Seconds between checkpoints of the journal."""
-_CLOSING = 4.0
+_CLOSING = 6.0
 """Seconds of the time to stop that are kept for what comes after the devices."""
 
 DriverFactory = Callable[[DriverContext], Driver]
@@ -151,7 +151,7 @@ class Daemon:
             self._session_task.cancel()
         if clean:
             try:
-                async with asyncio.timeout(_CLOSING / 2):
+                async with asyncio.timeout(_CLOSING / 3):
                     await self.session.end()
             except (StoreError, TimeoutError) as error:
                 _log.warning("the session could not be revoked, it runs out: %s", error or "no answer")
@@ -228,5 +228,8 @@ class Daemon:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+        error = None if task.cancelled() else task.exception()
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if error is not None and not self.failed.done():
             self.failed.set_result(error)

@@ -64,7 +64,6 @@ CREATE TABLE IF NOT EXISTS changes (
     device TEXT NOT NULL,
     epoch INTEGER NOT NULL,
     kind TEXT NOT NULL,
-    reason TEXT NOT NULL,
     sent_at TEXT NOT NULL,
     outcome TEXT,
     settled_at TEXT
@@ -230,12 +229,11 @@ class Journal:
         if self.is_open(device, epoch):
             del self._open[device]
 
-    def intend(self, change: str, device: DeviceId, epoch: Epoch, kind: str, reason: str) -> None:
+    def intend(self, change: str, device: DeviceId, epoch: Epoch, kind: str) -> None:
         """Written before a transaction on the ownership of a device is sent. Sent again, it stays one."""
         self._db.execute(
-            "INSERT OR IGNORE INTO changes (change, device, epoch, kind, reason, sent_at)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (change, device, epoch, kind, reason, timestamp()),
+            "INSERT OR IGNORE INTO changes (change, device, epoch, kind, sent_at) VALUES (?, ?, ?, ?, ?)",
+            (change, device, epoch, kind, timestamp()),
         )
 
     def settle(self, change: str, outcome: str) -> None:

@@ -9,7 +9,7 @@ import grpc.aio
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
-from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import access_status
 from leasehold.coordinator.paging import page
 from leasehold.coordinator.reading import Reader
@@ -46,34 +46,39 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     async def _session(
         self, request: access_pb2.RequestAccessRequest
     ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
-        stands = await self._desk.submit(asked(request.request_id, request.spec))
-        told = ClientSession(request.request_id, self._leases.ttl)
-        if stands.value.state.over:
-            event = told.next(self._cluster.view(stands.value.device), stands)
-            if event is not None:
-                yield event
-            return
-        await self._cluster.reached(stands.mod_revision, timeout=2.0)
-        with self._cluster.subscribe(stands.value.device) as subscription:
+        async with self._desk.submitted(asked(request.request_id, request.spec)) as stands:
+            told = ClientSession(request.request_id, self._leases.ttl)
+            if stands.value.state.over:
+                event = told.next(self._cluster.view(stands.value.device), stands)
+                if event is not None:
+                    yield event
+                return
+            await self._cluster.reached(stands.mod_revision, CATCH_UP)
             try:
                 async with self._leases.kept(stands.value.access_lease):
-                    while True:
-                        event = told.next(
-                            self._cluster.view(stands.value.device),
-                            self._cluster.requests.get(stands.value.request),
-                        )
-                        if event is not None:
-                            yield event
-                            if event.HasField("ended"):
-                                return
-                        await subscription.wait()
+                    async for event in self._events(told, stands.value):
+                        yield event
             except LeaseNotFound:
                 raise _over(stands.value, "its client was not heard of in time") from None
 
+    async def _events(
+        self, told: ClientSession, request: AccessRequest
+    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
+        with self._cluster.subscribe(request.device) as subscription:
+            while True:
+                event = told.next(
+                    self._cluster.view(request.device), self._cluster.requests.get(request.request)
+                )
+                if event is not None:
+                    yield event
+                    if event.HasField("ended"):
+                        return
+                await subscription.wait()
+
     async def SubmitAccess(self, request: access_pb2.SubmitAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.SubmitAccessResponse:
-            stands = await self._desk.submit(asked(request.request_id, request.spec))
-            return access_pb2.SubmitAccessResponse(status=await self._status(stands.value.request))
+            async with self._desk.submitted(asked(request.request_id, request.spec)) as stands:
+                return access_pb2.SubmitAccessResponse(status=await self._status(stands.value.request))
 
         return await answering(context, handle)
 

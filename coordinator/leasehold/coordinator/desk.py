@@ -6,6 +6,8 @@ joins the queue, and the home plans it.
 """
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc
@@ -87,17 +89,19 @@ class Desk:
         self._ledger = ledger
         self._leases = leases
 
-    async def submit(self, request: AccessRequest) -> Stored[AccessRequest]:
+    @asynccontextmanager
+    async def submitted(self, request: AccessRequest) -> AsyncIterator[Stored[AccessRequest]]:
         """The request as it stands in etcd from now on. The same one again is the one that stands.
 
-        Raises `ApiError` and `StoreError`; after `OutcomeUnknown` it may stand, and is to be asked for again
-        under the same id.
+        Its access lease, if it is a new one, is kept while this is entered. Raises `ApiError` and
+        `StoreError`; after `OutcomeUnknown` it may stand, and is to be asked for again under the same id.
         """
         if stands := self._cluster.requests.get(request.request):
-            return _the_same(request, stands)
+            yield _the_same(request, stands)
+            return
         lease = await self._leases.take()
         try:
-            return await self._submit(replace(request, access_lease=lease_id(lease.id)))
+            yield await self._submit(replace(request, access_lease=lease_id(lease.id)))
         finally:
             self._leases.leave(lease)
 

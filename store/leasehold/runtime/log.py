@@ -7,9 +7,8 @@ import sys
 def configure(name: str, level: str = "INFO") -> None:
     """Send everything from `level` up to stderr, with the daemon's name in each line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s %(levelname)-7s {name} %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    )
+    line = f"%(asctime)s.%(msecs)03d %(levelname)-7s {name} %(name)s: %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
