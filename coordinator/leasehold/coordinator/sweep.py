@@ -7,7 +7,7 @@ it at a time, as a rule, and rarely. A device's last changes are always kept, an
 import asyncio
 import logging
 import random
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
@@ -16,6 +16,7 @@ from leasehold.store.codec import Unreadable, decode
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import Compare, Operation, delete, get_prefix, unchanged
 from leasehold.store.records import ControlChange, CoordinatorId, DeviceId
+from leasehold.store.walltime import now
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +44,14 @@ class Sweep:
             if rendezvous("sweep", self._cluster.coordinators)[:1] != [self._name]:
                 continue
             try:
-                await self.requests(datetime.now(UTC))
+                await self.requests(now())
                 await self.histories()
             except StoreError as error:
                 _log.warning("the sweep is put off: %s", error)
 
-    async def requests(self, now: datetime) -> int:
-        """Forget requests that ended before `now` less a day. How many."""
-        limit = (now - KEEP_REQUESTS).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    async def requests(self, at: datetime) -> int:
+        """Forget requests that ended before `at` less a day. How many."""
+        limit = (at - KEEP_REQUESTS).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         old = [
             stored
             for stored in self._cluster.requests.values()
