@@ -31,7 +31,7 @@ def python(program: str) -> list[str]:
 async def told(path: Path) -> str:
     """What somebody has written to `path`, a line."""
     async with asyncio.timeout(SOON):
-        while not (text := written(path)).endswith("\n"):  # noqa: ASYNC110 - a file tells nobody
+        while not (text := written(path)).endswith("\n"):
             await asyncio.sleep(0.01)
     return text.strip()
 

@@ -185,7 +185,7 @@ async def test_the_command_dies_with_us(coordinator: FakeCoordinator) -> None:
         running.process.kill()
         await soon(running.process.wait())
         async with asyncio.timeout(SOON):
-            while not gone(pid):  # noqa: ASYNC110 - it is not our child
+            while not gone(pid):
                 await asyncio.sleep(0.01)
     assert coordinator.released == []
 

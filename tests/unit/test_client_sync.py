@@ -30,10 +30,14 @@ async def beside(work: Callable[[], T]) -> T:
 
 
 async def test_an_access_and_its_changes(coordinator: FakeCoordinator) -> None:
+    loop = asyncio.get_running_loop()
+    entered = asyncio.Event()
+
     def client() -> tuple[list[object], Access]:
         with connect(coordinator.endpoint) as leasehold, leasehold.access("d1", request="r1") as access:
             assert (access.path, access.epoch, access.controller) == ("p1", 1, "a")
             assert (access.device, access.request, access.revision) == ("d1", "r1", 1)
+            loop.call_soon_threadsafe(entered.set)
             changes = access.changes()
             seen: list[object] = [next(changes), access.path]
             assert not access.lost
@@ -43,6 +47,8 @@ async def test_an_access_and_its_changes(coordinator: FakeCoordinator) -> None:
     async with asyncio.timeout(SOON):
         session = await coordinator.session()
     session.grant(path="p1", epoch=1)
+    async with asyncio.timeout(SOON):
+        await entered.wait()
     session.move(path="p2", epoch=2)
     seen, _ = await working
     assert seen == [Moved("p2", 2, "b", 2), "p2"]

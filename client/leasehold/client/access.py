@@ -1,10 +1,8 @@
 """Access to one device, from asking for it to giving it back.
 
-The client's session is a stream to one coordinator. While it is open the access lives; when it breaks, the
-same request, under the same id, is put to the next coordinator or controller within the access TTL. What this
-module guarantees, and what not:
+What is guaranteed here, and what not:
 
-* The request is one request however often it is put: one id, one outcome.
+* The request is one request however often it is put: one id, one outcome. See `session`.
 * An older answer never replaces a newer one: paths change only towards higher epochs.
 * `lost` is set once the access is over without the client's doing, and no later than one access TTL after
   anybody was last heard of. It is a courtesy, not the protection: what stops a client whose access is over is
@@ -12,10 +10,9 @@ module guarantees, and what not:
 """
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -35,20 +32,17 @@ from leasehold.client.errors import (
     ServerError,
     TimedOut,
 )
+from leasehold.client.session import Session
 from leasehold.v1 import access_pb2, records_pb2
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_TTL = 10.0
-"""Seconds taken for the access TTL until the first answer tells it."""
 LATE = 1.0
 """Seconds by which the coordinator's word that the wait is over may come late."""
 RELEASE = 5.0
 """Seconds spent on giving an access back. After that it ends by itself, one access TTL later."""
 
 _STATES = frozenset({"REJECTED", "CANCELLED", "EXPIRED", "ENDED"})
-_HEALTH = "/grpc.health.v1.Health/Check"
-_Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.RequestAccessResponse]
 
 
 class Owner(Protocol):
@@ -89,10 +83,9 @@ class Access:
         self._doing = "no coordinator has answered yet"
         self._now: access_pb2.Access | None = None
         self._granted: asyncio.Future[None] | None = None
-        self._session: asyncio.Task[None] | None = None
+        self._session = Session(owner.endpoints, request, owner.timeout, self._take)
+        self._keeping: asyncio.Task[None] | None = None
         self._changes: asyncio.Queue[Change | None] = asyncio.Queue()
-        self._contact = 0.0
-        self._ttl = 0.0
         self._ended: LeaseholdError | None = None
         self._abandoned = False
 
@@ -135,18 +128,17 @@ class Access:
 
     async def changes(self) -> AsyncIterator[Change]:
         """What happens to the access from its grant on, each change once. Ends after `Ended`."""
-        while not (self.lost.is_set() and self._changes.empty()):
-            change = await self._changes.get()
-            if change is None:
-                return
+        while (change := await self._changes.get()) is not None:
             yield change
+        # For whoever else asks.
+        self._changes.put_nowait(None)
 
     async def __aenter__(self) -> Self:
-        if self._session is not None:
+        if self._keeping is not None:
             raise RuntimeError("an access is entered once; ask for another")
         await self._owner.__aenter__()
         self._granted = asyncio.get_running_loop().create_future()
-        self._session = asyncio.create_task(self._keep(), name=f"access {self.request}")
+        self._keeping = asyncio.create_task(self._keep(), name=f"access {self.request}")
         try:
             limit = None if self._wait is None else self._wait + LATE
             async with asyncio.timeout(limit):
@@ -179,11 +171,11 @@ class Access:
 
     async def _leave(self, *, give_back: bool) -> None:
         try:
-            if self._session is not None:
-                self._session.cancel()
-                await asyncio.wait({self._session})
+            if self._keeping is not None:
+                self._keeping.cancel()
+                await asyncio.wait({self._keeping})
             self._changes.put_nowait(None)
-            if give_back and self._contact:
+            if give_back and self._session.heard:
                 await self._give_back()
         finally:
             await self._owner.__aexit__(None, None, None)
@@ -212,90 +204,25 @@ class Access:
             _log.warning("request %s was not given back and ends by itself: %s", self.request, error)
 
     async def _keep(self) -> None:
-        """Hold a session open until the request is over. Every end is recorded, none is raised."""
+        """Hold a session until the request is over. Every end is recorded, none is raised."""
         try:
-            while True:
-                call, first, address = await self._open()
-                try:
-                    over = self._take(first) or await self._read(call, address)
-                finally:
-                    call.cancel()
-                if over:
-                    return
-                self._owner.endpoints.avoid(address)
+            await self._session.keep()
+        except (NoCoordinator, ServerError) as error:
+            if self._now is None:
+                self._end(error)
+                return
+            lost = AccessLost(
+                f"access to {self.device} was not kept alive for {self._session.ttl:g} s: {error.message}",
+                "OUT_OF_REACH",
+                self._about(),
+            )
+            lost.__cause__ = error
+            self._end(lost)
         except Exception as error:  # noqa: BLE001 - told to whoever uses the access, see _end
             self._end(error)
 
-    async def _open(self) -> tuple[_Stream, access_pb2.RequestAccessResponse, str]:
-        async def attempt(
-            channel: grpc.aio.Channel, limit: float
-        ) -> tuple[_Stream, access_pb2.RequestAccessResponse]:
-            call = stubs.access(channel).RequestAccess(self._request)
-            try:
-                async with asyncio.timeout(limit):
-                    first = await anext(aiter(call))
-            except StopAsyncIteration:
-                # It has ended without a word.
-                raise TimeoutError from None
-            except BaseException:
-                call.cancel()
-                raise
-            return call, first
-
-        until = self._contact + self._ttl if self._contact else now() + self._owner.timeout
-        try:
-            address, (call, first) = await self._owner.endpoints.ask(attempt, until=until)
-        except (NoCoordinator, ServerError) as error:
-            if self._now is None:
-                raise
-            raise AccessLost(
-                f"access to {self.device} was not kept alive for {self._ttl:g} s: {error.message}",
-                "OUT_OF_REACH",
-                self._about(),
-            ) from error
-        return call, first, address
-
-    async def _read(self, call: _Stream, address: str) -> bool:
-        """Take what the stream brings; True if the request is over, False if the session broke."""
-        reading = asyncio.create_task(self._read_on(call))
-        beating = asyncio.create_task(self._beat(address))
-        try:
-            await asyncio.wait({reading, beating}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.done() and reading.result()
-        finally:
-            reading.cancel()
-            beating.cancel()
-            await asyncio.wait({reading, beating})
-
-    async def _read_on(self, call: _Stream) -> bool:
-        try:
-            async for response in call:
-                if self._take(response):
-                    return True
-        except grpc.aio.AioRpcError as error:
-            _log.info("session of request %s broke: %s", self.request, error.details())
-        return False
-
-    async def _beat(self, address: str) -> None:
-        """Return once the coordinator's event loop no longer answers.
-
-        The stream alone would not show it: HTTP/2 pings are answered below the event loop.
-        """
-        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
-        check = self._owner.endpoints.channel(address).unary_unary(_HEALTH)
-        while True:
-            pause = self._ttl / 4
-            await asyncio.sleep(pause)
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await _alive(check(b"", timeout=pause))
-                self._contact = now()
-                continue
-            return
-
     def _take(self, response: access_pb2.RequestAccessResponse) -> bool:
         """Act on one event; True if the request is over."""
-        self._contact = now()
-        self._ttl = float(response.access_ttl_seconds) or DEFAULT_TTL
         match response.WhichOneof("event"):
             case "queued":
                 self._report(Progress(response.queued.reason, position=response.queued.position))
@@ -350,6 +277,7 @@ class Access:
             error = lost
         self._ended = error
         self._change(Ended(error.reason if error.reason in _STATES else "LOST", error.message))
+        self._changes.put_nowait(None)
         self.lost.set()
 
     def _report(self, progress: Progress) -> None:
@@ -373,15 +301,6 @@ def _newer(access: access_pb2.Access, before: access_pb2.Access) -> bool:
     if access.epoch != before.epoch:
         return access.epoch > before.epoch
     return access.path != before.path and access.revision > before.revision
-
-
-async def _alive(check: Awaitable[bytes]) -> None:
-    """Return if `check` was answered, by whatever status that only a live server can give."""
-    try:
-        await check
-    except grpc.aio.AioRpcError as error:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise
 
 
 def wait_seconds(wait: float | None) -> int:
