@@ -9,7 +9,7 @@ from leasehold.store import ownership, requests
 from leasehold.store.codec import Stored, decode, encode
 from leasehold.store.connection import Connection, Method
 from leasehold.store.keys import Keys
-from leasehold.store.kv import Get, KeyValue, Kv, Put
+from leasehold.store.kv import KeyValue, Kv, Put
 from leasehold.store.ownership import Author, DeviceState, Serving, device_reads, device_state
 from leasehold.store.records import (
     AccessRequest,
@@ -74,7 +74,7 @@ class Installation:
         await self.kv.put(self.keys.device(device), encode(Device(device=device, driver="nbd")))
 
     async def state(self, device: DeviceId = DISK) -> DeviceState:
-        reads = [item for item in device_reads(self.keys, device) if isinstance(item, Get)]
+        reads = device_reads(self.keys, device)
         return device_state(device, *(await self.kv.read(*reads)))
 
     async def queue(self, device: DeviceId = DISK) -> QueueSeen:

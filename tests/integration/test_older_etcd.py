@@ -1,4 +1,4 @@
-"""The main job on the etcd that Debian 12 ships, 3.4.23: it works, and every daemon warns of what is at risk."""
+"""The main job on the etcd that Debian 12 ships, 3.4.23: it works, and every daemon warns of the risk."""
 
 import os
 import shutil

@@ -1,8 +1,9 @@
 """Two hundred transfers under a client that never stops writing, judged by what is in the image in the end.
 
-Each block is stamped with its sequence number and the epoch it was written under. A block whose write was not
-acknowledged is written again under the next path, so a write of an old epoch that came late would stand in the
-place of a newer one, and show. After each move the old connection, kept open, tries to write as well.
+Each block is stamped with its sequence number and the epoch it was written under. A block whose write was
+not acknowledged is written again under the next path, so a write of an old epoch that came late would stand
+in the place of a newer one, and show. After each move the old connection, kept open, tries to write as
+well.
 """
 
 import asyncio

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 from leasehold.controller.driver import Driver
 from leasehold.controller.gate import Gate
@@ -58,7 +57,7 @@ class Context:
         self, device: DeviceId, *more: Get
     ) -> tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]:
         """The control of a device, and whatever more is asked for, at one revision. Linearizable."""
-        reads = cast("tuple[Get, ...]", device_reads(self.keys, device))
+        reads = device_reads(self.keys, device)
         revision, ranges = await self.kv.read(*reads, *more, timeout=self.timing.call)
         return device_state(device, revision, ranges[: len(reads)]), ranges[len(reads) :]
 

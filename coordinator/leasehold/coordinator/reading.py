@@ -45,7 +45,7 @@ class Reader:
         self, device: DeviceId, *more: Get
     ) -> tuple[DeviceView, tuple[tuple[KeyValue, ...], ...]]:
         keys = self._cluster.keys
-        reads = [item for item in device_reads(keys, device) if isinstance(item, Get)]
+        reads = device_reads(keys, device)
         revision, ranges = await self._kv.read(*reads, get_prefix(keys.queue(device)), *more)
         state = device_state(device, revision, ranges)
         mirrored = self._cluster.view(device)

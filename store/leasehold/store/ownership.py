@@ -37,6 +37,7 @@ from leasehold.store.codec import Stored, Unreadable, decode, encode
 from leasehold.store.keys import Keys
 from leasehold.store.kv import (
     Compare,
+    Get,
     KeyValue,
     Operation,
     absent,
@@ -133,7 +134,7 @@ class DeviceState:
         return self.holder is not None and self.holder.value.controller == controller
 
 
-def device_reads(keys: Keys, device: DeviceId) -> tuple[Operation, ...]:
+def device_reads(keys: Keys, device: DeviceId) -> tuple[Get, ...]:
     """The ranges from which `device_state` is made, for one linearizable read."""
     return (
         get(keys.device(device)),
