@@ -6,12 +6,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
-import grpc.aio
 import pytest
 
+from etcd_fake import member
 from leasehold.etcd.v3 import lease_pb2, maintenance_pb2
 from leasehold.store.clock import NANOSECONDS
-from leasehold.store.connection import STATUS, Connection, EtcdConfig
+from leasehold.store.connection import STATUS, Connection, EtcdConfig, Method
 from leasehold.store.errors import LeaseNotFound
 from leasehold.store.leases import GRANT, KEEP_ALIVE, Lease, LeaseKeeper, margin_ns
 
@@ -66,38 +66,6 @@ class LeaseService:
     async def status(self, _request: object, _context: object) -> maintenance_pb2.StatusResponse:
         return maintenance_pb2.StatusResponse()
 
-    async def start(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        for method, handler in (
-            (
-                KEEP_ALIVE,
-                grpc.stream_stream_rpc_method_handler(
-                    self.keep_alive, Request.FromString, Reply.SerializeToString
-                ),
-            ),
-            (
-                GRANT,
-                grpc.unary_unary_rpc_method_handler(
-                    self.lease_grant,
-                    lease_pb2.LeaseGrantRequest.FromString,
-                    lease_pb2.LeaseGrantResponse.SerializeToString,
-                ),
-            ),
-            (
-                STATUS,
-                grpc.unary_unary_rpc_method_handler(
-                    self.status,
-                    maintenance_pb2.StatusRequest.FromString,
-                    maintenance_pb2.StatusResponse.SerializeToString,
-                ),
-            ),
-        ):
-            service, name = method.path[1:].split("/")
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: handler}),))
-        self.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
-        return server
-
 
 @pytest.fixture
 def clock() -> Clock:
@@ -107,9 +75,13 @@ def clock() -> Clock:
 @pytest.fixture
 async def service() -> AsyncIterator[LeaseService]:
     service = LeaseService()
-    server = await service.start()
-    yield service
-    await server.stop(None)
+    answers: dict[Method[Any, Any], Callable[..., Any]] = {
+        KEEP_ALIVE: service.keep_alive,
+        GRANT: service.lease_grant,
+        STATUS: service.status,
+    }
+    async with member(answers) as service.endpoint:
+        yield service
 
 
 @pytest.fixture

@@ -2,38 +2,24 @@
 
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
-import grpc.aio
 import pytest
 
+from etcd_fake import member
 from leasehold.etcd.v3 import maintenance_pb2
 from leasehold.store.connection import STATUS, Connection, EtcdConfig
 from leasehold.store.errors import Unreachable, UnsupportedVersion
 from leasehold.store.version import check_version
 
 
-@asynccontextmanager
-async def member(version: str) -> AsyncIterator[str]:
+def saying(version: str) -> AbstractAsyncContextManager[str]:
     """An endpoint that says it is etcd of that version, and can do nothing else."""
 
     async def status(_request: object, _context: object) -> maintenance_pb2.StatusResponse:
         return maintenance_pb2.StatusResponse(version=version)
 
-    handler = grpc.unary_unary_rpc_method_handler(
-        status,
-        request_deserializer=maintenance_pb2.StatusRequest.FromString,
-        response_serializer=maintenance_pb2.StatusResponse.SerializeToString,
-    )
-    service, method = STATUS.path[1:].split("/")
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    return member({STATUS: status})
 
 
 @pytest.fixture
@@ -43,7 +29,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 async def connect(stack: AsyncExitStack, *versions: str, dead: bool = False) -> Connection:
-    endpoints = [await stack.enter_async_context(member(version)) for version in versions]
+    endpoints = [await stack.enter_async_context(saying(version)) for version in versions]
     if dead:
         endpoints.append("http://127.0.0.1:1")
     return await stack.enter_async_context(Connection(EtcdConfig(tuple(endpoints))))

@@ -123,6 +123,11 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     async def ReleaseAccess(self, request: access_pb2.ReleaseAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.ReleaseAccessResponse:
             await self._release(_id(request.request_id))
+            # The mirror has caught up with the release, and what is over does not change any more.
+            over = self._cluster.requests.get(_id(request.request_id))
+            if over is not None and over.value.state.over:
+                view = self._cluster.view(over.value.device)
+                return access_pb2.ReleaseAccessResponse(status=access_status(view, over, self._leases.ttl))
             return access_pb2.ReleaseAccessResponse(status=await self._status(_id(request.request_id)))
 
         return await answering(context, handle)
