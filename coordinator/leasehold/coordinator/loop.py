@@ -45,8 +45,9 @@ class Loop:
         self._wake = asyncio.Event()
         self._homes: tuple[CoordinatorId, ...] = ()
         self._home_of: dict[DeviceId, bool] = {}
-        self._seen: dict[RequestId, float] = {}
-        self._decided: dict[DeviceId, str] = {}
+        self._seen: dict[DeviceId, dict[RequestId, float]] = {}
+        """Since when, on the loop's clock, each waiting request with a limit is known here."""
+        self._alarmed: dict[DeviceId, str] = {}
 
     def look(self, devices: frozenset[DeviceId] | None) -> None:
         """Look at these devices, None for all."""
@@ -81,6 +82,8 @@ class Loop:
         """Whether a look could do anything; most changes of a held device need nothing."""
         view = self._cluster.view(device)
         self._note(view)
+        if not view.queue:
+            self._seen.pop(device, None)
         return bool(view.queue or view.state.grants)
 
     async def _guarded(self, device: DeviceId) -> None:
@@ -130,9 +133,12 @@ class Loop:
     def _note(self, view: DeviceView) -> None:
         """An alarm for what an operator has to look at, once for each thing that is wrong."""
         wrong = view.state.unreadable
-        if wrong and self._decided.get(view.device) != wrong:
+        if wrong and self._alarmed.get(view.device) != wrong:
             _log.error("device %s is busy until an operator has looked: %s", view.device, wrong)
-        self._decided[view.device] = wrong
+        if wrong:
+            self._alarmed[view.device] = wrong
+        else:
+            self._alarmed.pop(view.device, None)
 
     async def _depart(self, device: DeviceId) -> bool:
         """End what belongs to clients that are gone. Whether there was anything."""
@@ -173,16 +179,14 @@ class Loop:
     def _expired(self, view: DeviceView) -> Waiting | None:
         """The first request that waits longer than it was willing to; the others are given a timer."""
         now = asyncio.get_running_loop().time()
-        for waiting in view.queue:
-            limit = waiting.request.wait_seconds
-            if not limit:
-                continue
-            since = self._seen.setdefault(waiting.request.request, now)
-            if now >= since + limit:
-                del self._seen[waiting.request.request]
+        before = self._seen.get(view.device, {})
+        limited = {waiting.request.request: waiting for waiting in view.queue if waiting.request.wait_seconds}
+        self._seen[view.device] = since = {request: before.get(request, now) for request in limited}
+        for request, waiting in limited.items():
+            if now >= since[request] + waiting.request.wait_seconds:
                 return waiting
-            if since == now:
-                self._later(view.device, limit)
+            if request not in before:
+                self._later(view.device, waiting.request.wait_seconds)
         return None
 
     async def _reject_first(self, view: DeviceView, reason: str) -> None:
