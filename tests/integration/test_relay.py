@@ -145,7 +145,7 @@ async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:
     assert metadata["x-client"] == "backup"
     assert left is not None
     assert 0 < left < 8
-    assert dict(await call.trailing_metadata())["x-served-by"] == "c1"
+    assert ("x-served-by", "c1") in tuple(await call.trailing_metadata())
 
 
 @pytest.mark.parametrize(
