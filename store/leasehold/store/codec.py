@@ -6,26 +6,19 @@ raises `Unreadable`: the device is then busy, never free.
 """
 
 import json
-import types
-from collections.abc import Hashable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from leasehold.store import records
+from leasehold.store.document import from_document, message_class, to_document
 from leasehold.store.kv import KeyValue
-from leasehold.store.records import LeaseId, Record, lease_number
-from leasehold.v1 import records_pb2
+from leasehold.store.records import Record
 
 T = TypeVar("T")
-
-Descriptor: TypeAlias = Any
-FieldDescriptor: TypeAlias = Any
-# protobuf has a descriptor class for each of its implementations, and no common base for them.
 
 
 class Unreadable(Exception):
@@ -62,26 +55,17 @@ def encode(record: Record, base: bytes | None = None) -> bytes:
 
     `base` is the value that was read under the key and is about to be replaced.
     """
-    message = to_message(record)
-    document = json_format.MessageToDict(message)
+    document = to_document(record)
     if base is not None:
-        _keep_unknown(message.DESCRIPTOR, json.loads(base), document)
+        _keep_unknown(message_class(type(record)).DESCRIPTOR, json.loads(base), document)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
     """The record under a key. Raises `Unreadable`, which names the key and what is wrong."""
-    message = _message_class(cast("Hashable", cls))()
     try:
-        document = json.loads(kv.value)
-        if not isinstance(document, dict):
-            raise ValueError("it is not a JSON object")
-        _refuse_unknown_values(message.DESCRIPTOR, document)
-        json_format.ParseDict(document, message, ignore_unknown_fields=True)
-        value = from_message(cls, message)
-    except Exception as error:
-        # Whatever the parsers trip over (they let through RecursionError and OverflowError, too), the record
-        # is there and is not understood.
+        value = from_document(cls, json.loads(kv.value))
+    except (ValueError, RecursionError) as error:
         raise Unreadable(kv.key, str(error)) from error
     version = cast("Record", value).version
     if version != records.VERSION:
@@ -91,76 +75,16 @@ def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
 
 def to_message(record: Any) -> Message:
     """The message of the same name and content."""
-    message = _message_class(cast("Hashable", type(record)))()
-    for name, _, _ in _layout(cast("Hashable", type(record))):
-        value = getattr(record, name)
-        if value is None:
-            continue
-        descriptor = message.DESCRIPTOR.fields_by_name[name]
-        if isinstance(value, Mapping):
-            getattr(message, name).update(value)
-        elif isinstance(value, tuple):
-            target = getattr(message, name)
-            target.extend(
-                [to_message(item) if hasattr(item, "__dataclass_fields__") else item for item in value]
-            )
-        elif hasattr(value, "__dataclass_fields__"):
-            getattr(message, name).CopyFrom(to_message(value))
-        elif isinstance(value, StrEnum):
-            setattr(message, name, _enum_numbers(descriptor)[value.value])
-        else:
-            setattr(message, name, value)
-    return message
+    return json_format.ParseDict(to_document(record), message_class(type(record))())
 
 
 def from_message(cls: type[T], message: Message) -> T:
     """The record of the same name and content. Raises ValueError naming a field that is missing."""
-    values: dict[str, Any] = {}
-    for name, hint, has_default in _layout(cast("Hashable", cls)):
-        descriptor = message.DESCRIPTOR.fields_by_name[name]
-        value = _from_field(message, descriptor, hint)
-        if value is MISSING:
-            if not has_default:
-                raise ValueError(f"field {descriptor.json_name} is missing or not understood")
-            continue
-        values[name] = value
-    return cls(**values)
+    return from_document(cls, json_format.MessageToDict(message))
 
 
-def _from_field(message: Message, descriptor: FieldDescriptor, hint: Any) -> Any:
-    value = getattr(message, descriptor.name)
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        nested = descriptor.message_type is not None
-        return tuple(from_message(item, element) if nested else element for element in value)
-    if descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
-        return dict(value)
-    if descriptor.message_type is not None:
-        if not message.HasField(descriptor.name):
-            return MISSING
-        return from_message(_without_none(hint), value)
-    if descriptor.enum_type is not None:
-        if value == 0:
-            return MISSING
-        return hint(_enum_names(descriptor)[value])
-    if hint is LeaseId:
-        lease_number(value)
-    return value if value else MISSING
-
-
-def _refuse_unknown_values(descriptor: Descriptor, document: dict[str, Any]) -> None:
-    # Ignoring unknown fields, protobuf also takes an enum's unknown name for an absent field, and a policy
-    # that this version does not know must not silently become the default one.
-    for enum in _enum_fields(descriptor):
-        for spelling in (enum.json_name, enum.name):
-            value = document.get(spelling)
-            known = value is None or type(value) is int or value in enum.enum_type.values_by_name
-            if not known:
-                raise ValueError(f"{spelling} is {str(value)[:80]!r}, which is not understood")
-
-
-def _keep_unknown(descriptor: Descriptor, base: Any, document: Any) -> None:
-    known = {spelling: field for field in descriptor.fields for spelling in (field.json_name, field.name)}
+def _keep_unknown(descriptor: Any, base: Any, document: Any) -> None:
+    known = _spellings(descriptor)
     for key, old in base.items():
         descriptor_field = known.get(key)
         if descriptor_field is None:
@@ -182,42 +106,5 @@ def _keep_unknown(descriptor: Descriptor, base: Any, document: Any) -> None:
 
 
 @cache
-def _enum_fields(descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
-    return tuple(item for item in descriptor.fields if item.enum_type is not None)
-
-
-@cache
-def _message_class(cls: Any) -> type[Message]:
-    return cast("type[Message]", getattr(records_pb2, cls.__name__))
-
-
-@cache
-def _layout(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    hints = get_type_hints(cls)
-    return tuple((item.name, hints[item.name], _has_default(item)) for item in fields(cls))
-
-
-def _has_default(item: Field[Any]) -> bool:
-    return item.default is not MISSING or item.default_factory is not MISSING
-
-
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(argument for argument in get_args(hint) if argument is not type(None))
-    return hint
-
-
-def _prefix(descriptor: FieldDescriptor) -> str:
-    zero: str = descriptor.enum_type.values[0].name
-    return zero.removesuffix("UNSPECIFIED")
-
-
-@cache
-def _enum_numbers(descriptor: FieldDescriptor) -> dict[str, int]:
-    prefix = _prefix(descriptor)
-    return {value.name.removeprefix(prefix): value.number for value in descriptor.enum_type.values}
-
-
-@cache
-def _enum_names(descriptor: FieldDescriptor) -> dict[int, str]:
-    return {number: name for name, number in _enum_numbers(descriptor).items()}
+def _spellings(descriptor: Any) -> dict[str, Any]:
+    return {spelling: field for field in descriptor.fields for spelling in (field.json_name, field.name)}
