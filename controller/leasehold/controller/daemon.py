@@ -156,6 +156,9 @@ class Daemon:
             except (StoreError, TimeoutError) as error:
                 _log.warning("the session could not be revoked, it runs out: %s", error or "no answer")
         await self.abandon()
+        if clean:
+            # After a crash it stays: the next start ends what it still lets through.
+            self._config.gate_file.unlink(missing_ok=True)
         return clean
 
     async def abandon(self) -> None:
