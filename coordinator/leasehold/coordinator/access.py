@@ -53,7 +53,9 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                 if event is not None:
                     yield event
                 return
-            await self._cluster.reached(stands.mod_revision, CATCH_UP)
+            if not await self._cluster.reached(stands.mod_revision, CATCH_UP):
+                # What the mirror does not show yet it would take for gone.
+                raise _behind(stands.value)
             try:
                 async with self._leases.kept(stands.value.access_lease):
                     async for event in self._events(told, stands.value):
@@ -171,9 +173,11 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
     async def _release(self, request: RequestId) -> None:
         """A pending request is cancelled: whoever releases wants to be rid of it either way."""
+        # A release costs no read: the mirror is compared with etcd by the transaction itself.
+        mirrored = self._cluster.requests.get(request)
         for _ in range(ATTEMPTS):
-            # A release costs no read: the mirror is compared with etcd by the transaction itself.
-            stands = self._cluster.requests.get(request) or await self._desk.find(request)
+            stands = mirrored or await self._desk.find(request)
+            mirrored = None
             if stands.value.state.over:
                 return
             keys = self._ledger.keys
@@ -197,6 +201,17 @@ def _over(request: AccessRequest, reason: str) -> ApiError:
         grpc.StatusCode.FAILED_PRECONDITION,
         "ACCESS_OVER",
         f"request {request.request} for device {request.device} is over: {reason}",
+        request=request.request,
+        device=request.device,
+    )
+
+
+def _behind(request: AccessRequest) -> ApiError:
+    return ApiError(
+        grpc.StatusCode.UNAVAILABLE,
+        "MIRROR_BEHIND",
+        f"request {request.request} for device {request.device} stands, but this coordinator lags behind: "
+        "ask another with the same id",
         request=request.request,
         device=request.device,
     )

@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar, cast
 
 from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.store.clock import boottime_ns
 from leasehold.store.codec import Stored, Unreadable, decode
 from leasehold.store.connection import Connection
 from leasehold.store.keys import Keys
@@ -51,6 +52,10 @@ _TOP: dict[str, type[Any]] = {
 """Kinds with one record for each name."""
 _NESTED: dict[str, type[Any]] = {"grants": Grant, "queue": QueueEntry, "availability": Availability}
 """Kinds with records under the name of a device."""
+FIRST_REST = 1.0
+LONGEST_REST = 60.0
+"""Seconds that a controller is left alone after failures: the first, doubling with each up to the longest."""
+_SECOND = 1_000_000_000
 _OF_DEVICE = frozenset({"devices", "epochs", "holders", *_NESTED})
 
 
@@ -71,8 +76,9 @@ class Subscription:
 class Cluster:
     """See the module. `on_change` is called with the devices that each transaction touched, None for all."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, clock: Callable[[], int] = boottime_ns) -> None:
         self.keys = keys
+        self._clock = clock
         self.revision = 0
         self.loaded = asyncio.Event()
         self.on_change: Callable[[frozenset[DeviceId] | None], None] = lambda _: None
@@ -88,6 +94,7 @@ class Cluster:
         self._unreadable: dict[DeviceId, dict[str, str]] = {}
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
+        self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
 
     # What it shows.
 
@@ -127,7 +134,7 @@ class Cluster:
         """The control of a device, as the ownership transactions want it."""
         wrong = self._unreadable.get(device)
         if wrong:
-            return DeviceState(device, self.revision, unreadable="; ".join(wrong.values()))
+            return DeviceState(device, self.revision, unreadable="; ".join(sorted(wrong.values())))
         grants = self._nested["grants"].get(device, {})
         return checked(
             DeviceState(
@@ -149,7 +156,15 @@ class Cluster:
             controllers=self._registered,
             availability={ControllerId(name): stored.value for name, stored in availability.items()},
             held=self._held,
+            resting=self._resting(device),
         )
+
+    def _resting(self, device: DeviceId) -> dict[ControllerId, float]:
+        if device not in self._rested:
+            return {}
+        now = self._clock()
+        rested = self._rested[device]
+        return {name: (until - now) / _SECOND for name, until in rested.items() if until > now}
 
     def _queue(self, device: DeviceId) -> Iterator[Waiting]:
         entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
@@ -166,9 +181,7 @@ class Cluster:
         async with aclosing(follow(connection, self.keys.prefix)) as changes:
             async for change in changes:
                 if isinstance(change, Batch):
-                    touched = {self._apply(event.key, event.kv) for event in change.events}
-                    self.revision = change.revision
-                    await self._tell(None if ALL in touched else frozenset(touched - {NOTHING}))
+                    await self._tell(self.apply(change))
                     continue
                 if isinstance(change, Gap):
                     _log.warning(
@@ -180,11 +193,22 @@ class Cluster:
                 await self._tell(None)
                 self.loaded.set()
 
+    def apply(self, batch: Batch) -> frozenset[DeviceId] | None:
+        """Take over one transaction. The devices it concerns, None for all."""
+        touched = {self._apply(event.key, event.kv) for event in batch.events}
+        self.revision = batch.revision
+        return None if ALL in touched else frozenset(touched - {NOTHING})
+
     def load(self, snapshot: Snapshot) -> None:
-        """Show what `snapshot` has, and nothing else."""
+        """Show what `snapshot` has, and nothing else.
+
+        How long ago a failure was that was not seen happen nobody knows: who failed is tried again.
+        """
+        rested = self._rested
         self._clear()
         for item in snapshot.items:
             self._apply(item.key, item)
+        self._rested = {device: known for device, known in rested.items() if device in self._rested}
         self.revision = snapshot.revision
 
     def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
@@ -195,9 +219,23 @@ class Cluster:
         if kind in _NESTED:
             name, _, inner = rest.partition("/")
             device = DeviceId(name)
-            self._put(self._nested[kind][device], inner, device, key, kv, _NESTED[kind])
+            # Without knowing who failed lately, everybody can still tell who holds and who waits.
+            binding = NOTHING if kind == "availability" else device
+            stored = self._put(self._nested[kind][device], inner, binding, key, kv, _NESTED[kind])
+            if kind == "availability":
+                self._let_rest(device, ControllerId(inner), stored)
             return device
         return NOTHING
+
+    def _let_rest(
+        self, device: DeviceId, controller: ControllerId, failed: Stored[Availability] | None
+    ) -> None:
+        if failed is None:
+            self._rested.get(device, {}).pop(controller, None)
+            return
+        doubled = min(max(failed.value.failures, 1) - 1, 10)
+        rest = min(FIRST_REST * 2**doubled, LONGEST_REST)
+        self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * _SECOND)
 
     def _apply_top(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
         device = DeviceId(name) if kind in _OF_DEVICE else NOTHING

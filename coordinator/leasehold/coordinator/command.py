@@ -66,14 +66,16 @@ async def main(config: CoordinatorConfig, stop: asyncio.Event) -> int:
         return MISCONFIGURED
     serving = asyncio.create_task(_serve(config, Connection(etcd)))
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not serving.done():
-        serving.cancel()
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        by_itself = not serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-        _log.info("stopped")
-        return DONE
-    return _judge(serving.exception())
+    if by_itself:
+        return _judge(serving.exception())
+    _log.info("stopped")
+    return DONE
 
 
 def _judge(error: BaseException | None) -> int:

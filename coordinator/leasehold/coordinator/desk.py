@@ -16,7 +16,7 @@ from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.placement import can_ever_serve
-from leasehold.coordinator.planner import Assign, Direct, Give, decide
+from leasehold.coordinator.planner import Assign, Direct, Give, plan
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.api import ApiError
 from leasehold.store import requests
@@ -130,9 +130,9 @@ class Desk:
     def _at_once(self, request: AccessRequest) -> Transaction | None:
         """The transaction that submits and decides, if the decision is about this very request."""
         view = with_newcomer(self._cluster.view(request.device), request)
+        decision = plan(view)
+        mine = isinstance(decision, Assign | Direct | Give) and _is(decision.waiting, request)
         try:
-            decision = decide(view)
-            mine = isinstance(decision, Assign | Direct | Give) and _is(decision.waiting, request)
             return self._ledger.transaction(view, decision) if mine else None
         except NotPossible as error:
             _log.info("request %s joins the queue: %s", request.request, error)

@@ -124,7 +124,9 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
 
     async def _delete(self, view: DeviceView) -> None:
         state = view.state
-        if state.holder:
+        if state.unreadable:
+            wrong = state.unreadable
+        elif state.holder:
             wrong = f"{state.holder.value.controller} holds it in epoch {state.holder.value.epoch}"
         elif state.unreleased:
             wrong = f"epoch {state.unreleased[-1].epoch} is not proved to be over"
@@ -133,7 +135,7 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         elif state.spec is None:
             raise no_device(view.device)
         else:
-            wrong = state.unreadable
+            wrong = ""
         refused = ApiError(
             grpc.StatusCode.FAILED_PRECONDITION,
             "DEVICE_IN_USE",

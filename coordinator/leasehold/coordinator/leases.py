@@ -17,6 +17,7 @@ class AccessLeases:
         self.ttl = ttl
         self._keeper = keeper
         self._streams: Counter[int] = Counter()
+        self._held: dict[int, Lease] = {}
 
     async def warm(self) -> None:
         """Fill the pool, so that the first request finds a lease there."""
@@ -36,15 +37,15 @@ class AccessLeases:
         """Keep the lease of an access for as long as this is entered. Raises `LeaseNotFound`."""
         number = lease_number(lease)
         self._streams[number] += 1
-        held: Lease | None = None
         try:
-            held = await self._keeper.adopt(number, self.ttl)
-            yield held
+            self._held[number] = await self._keeper.adopt(number, self.ttl)
+            yield self._held[number]
         finally:
             self._streams[number] -= 1
             if not self._streams[number]:
                 del self._streams[number]
-                if held is not None:
+                # Whichever stream it was that came to keep it.
+                if held := self._held.pop(number, None):
                     self._keeper.forget(held)
 
     async def renew(self, lease: LeaseId) -> None:

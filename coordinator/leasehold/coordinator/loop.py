@@ -17,7 +17,7 @@ import logging
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.planner import Wait, decide
+from leasehold.coordinator.planner import Reject, plan
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.roster import rendezvous
 from leasehold.store import requests
@@ -110,8 +110,11 @@ class Loop:
                 )
             self._again(device)
             return
+        if view.resting:
+            # Rest ends without a change.
+            self._later(device, min(view.resting.values()))
+        decision = plan(view)
         try:
-            decision = decide(view)
             transaction = self._ledger.transaction(view, decision)
         except NotPossible:
             raise
@@ -126,9 +129,10 @@ class Loop:
         if isinstance(outcome, Refused):
             _log.info("device %s: refused (%s): %s", device, type(decision).__name__, decision.reason)
             self._later(device, RETRY)
-        elif not isinstance(decision, Wait):
-            _log.info("device %s: %s: %s", device, type(decision).__name__, decision.reason)
-            self._again(device)
+            return
+        level = logging.WARNING if isinstance(decision, Reject) else logging.INFO
+        _log.log(level, "device %s: %s: %s", device, type(decision).__name__, decision.reason)
+        self._again(device)
 
     def _note(self, view: DeviceView) -> None:
         """An alarm for what an operator has to look at, once for each thing that is wrong."""

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from leasehold.coordinator.planner import decide
+from leasehold.coordinator.planner import plan
 from leasehold.coordinator.view import DeviceView
 from leasehold.store.codec import Stored, to_message
 from leasehold.store.ownership import DeviceState
@@ -61,7 +61,7 @@ def access_status(
 def waiting_reason(view: DeviceView, request: AccessRequest) -> str:
     """What a request waits for, in a sentence."""
     ahead = view.position(request.request) - 1
-    reason = decide(view).reason
+    reason = plan(view).reason
     if ahead > 0:
         return f"{ahead} before it; {reason}"
     return reason
@@ -71,7 +71,7 @@ def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
     """A device as it stands in `view`."""
     state = view.state
     status = devices_pb2.DeviceStatus(
-        queued=len(view.queue), reason=decide(view).reason, revision=state.revision
+        queued=len(view.queue), reason=plan(view).reason, revision=state.revision
     )
     if state.spec:
         status.device.CopyFrom(cast("records_pb2.Device", to_message(state.spec.value)))

@@ -48,12 +48,23 @@ def refusal(view: DeviceView, name: ControllerId) -> str:
     return ""
 
 
+def hindrance(view: DeviceView, name: ControllerId) -> str:
+    """As `refusal`, also for one that is left alone for a while because it failed."""
+    if why := refusal(view, name):
+        return why
+    lately = view.availability.get(name)
+    if lately is None or name not in view.resting:
+        return ""
+    times = "once" if lately.failures == 1 else f"{lately.failures} times"
+    return f"failed {times}, at last: {lately.reason}; it is tried again in a while"
+
+
 def place(view: DeviceView) -> Placement:
     """Fewest recent failures first, then the spec's order, then fewest devices held, then rendezvous."""
     spec = view.state.spec
     wanted = spec.value.controllers if spec else ()
     names = wanted or tuple(sorted(view.controllers))
-    refused = {name: reason for name in names if (reason := refusal(view, name))}
+    refused = {name: reason for name in names if (reason := hindrance(view, name))}
     fit = [name for name in names if name not in refused]
     drawn = {name: rank for rank, name in enumerate(rendezvous(view.device, fit))}
 

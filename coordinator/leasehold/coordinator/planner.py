@@ -11,13 +11,14 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
 6. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
    by a transfer. If an earlier client may still know the path, even the same controller begins a new epoch.
 
-A request whose controller is not available now does not hold up those behind it.
+A request whose controller is not available now does not hold up those behind it. A controller that could not
+activate the device rests for a while, or one that never can would burn an epoch a try, as fast as it fails.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from leasehold.coordinator.placement import can_ever_serve, place, refusal
+from leasehold.coordinator.placement import can_ever_serve, hindrance, place, refusal
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store.records import Controller, ControllerId, Holder, HolderState
 
@@ -66,6 +67,29 @@ class Reject:
 Decision: TypeAlias = Wait | Assign | Direct | Give | Reject
 
 
+def plan(view: DeviceView) -> Decision:
+    """As `decide`, but never raises: a request that no decision can be made about is rejected.
+
+    What one request can trip must not hold up those behind it, nor break the stream of a client that asks.
+    """
+    try:
+        return decide(view)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is somebody's fault
+        reason = f"planning failed: {type(error).__name__}: {error}"
+        culprit = _culprit(view)
+        return Reject(reason, culprit) if culprit else Wait(reason)
+
+
+def _culprit(view: DeviceView) -> Waiting | None:
+    """The first request with which the planner fails though it does not without; None if it always does."""
+    for count in range(len(view.queue) + 1):
+        try:
+            decide(replace(view, queue=view.queue[:count]))
+        except Exception:  # noqa: BLE001 - which one it is does not matter
+            return view.queue[count - 1] if count else None
+    return None
+
+
 def decide(view: DeviceView) -> Decision:
     """The next step for this device."""
     state = view.state
@@ -101,7 +125,7 @@ def _free(view: DeviceView) -> Decision:
         wanted = waiting.request.controller
         if not wanted and placement.best is not None:
             return Assign(f"it is free, and {placement.best.controller} serves best", placement.best, waiting)
-        if wanted and not refusal(view, wanted):
+        if wanted and not hindrance(view, wanted):
             return Assign(f"it is free, and {wanted} is wanted", view.controllers[wanted], waiting)
     return Wait(_nobody_eligible(view, placement.why()))
 
@@ -125,7 +149,7 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
         if wanted == holder.controller and serving:
             reason = f"{holder.controller} begins a new epoch: an earlier client may still know the path"
             return Direct(reason, view.controllers[holder.controller], waiting)
-        if wanted and not refusal(view, wanted):
+        if wanted and not hindrance(view, wanted):
             return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
         if not wanted and placement.best is not None:
             reason = f"{holder.controller} {refusal(view, holder.controller)}"
@@ -138,5 +162,5 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
 def _nobody_eligible(view: DeviceView, why: str) -> str:
     wanted = view.queue[0].request.controller
     if wanted:
-        return f"{wanted} is wanted, but {refusal(view, wanted)}"
+        return f"{wanted} is wanted, but {hindrance(view, wanted)}"
     return f"nobody can serve it: {why}"

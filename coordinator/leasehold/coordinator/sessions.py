@@ -81,11 +81,17 @@ class ClientSession:
 
 
 def _same(event: access_pb2.RequestAccessResponse, last: access_pb2.RequestAccessResponse | None) -> bool:
-    if last is None or event.WhichOneof("event") != last.WhichOneof("event"):
+    if last is None:
         return False
-    if event.HasField("granted") or event.HasField("moved"):
-        # The revision moves on with every change around; the path is what the client needs to know.
-        now = event.granted if event.HasField("granted") else event.moved
-        before = last.granted if last.HasField("granted") else last.moved
+    now, before = _path(event), _path(last)
+    if now is not None and before is not None:
+        # The revision moves on with every change around, and what was `moved` to is granted ever after; the
+        # path is what the client needs to know.
         return now.epoch == before.epoch and now.path == before.path
     return event == last
+
+
+def _path(event: access_pb2.RequestAccessResponse) -> access_pb2.Access | None:
+    if event.HasField("granted"):
+        return event.granted
+    return event.moved if event.HasField("moved") else None

@@ -41,6 +41,8 @@ class DeviceView:
     availability: Mapping[ControllerId, Availability] = field(default_factory=dict)
     held: Mapping[ControllerId, int] = field(default_factory=dict)
     """How many devices each controller holds."""
+    resting: Mapping[ControllerId, float] = field(default_factory=dict)
+    """Seconds for which a controller that could not activate the device is not tried again."""
 
     @property
     def device(self) -> DeviceId:
