@@ -1,12 +1,14 @@
 """AccessService: the session of a client as a stream, and the same over single calls."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.cluster import Cluster, Subscription
 from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
@@ -17,6 +19,7 @@ from leasehold.coordinator.sessions import ClientSession
 from leasehold.runtime.api import ApiError, answering, streaming
 from leasehold.store import requests
 from leasehold.store.errors import LeaseNotFound
+from leasehold.store.leases import Lease
 from leasehold.store.records import AccessRequest, RequestId, RequestState, check_id
 from leasehold.store.transaction import Applied
 from leasehold.v1 import access_pb2, access_pb2_grpc
@@ -40,12 +43,13 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     async def RequestAccess(  # noqa: N802
         self, request: access_pb2.RequestAccessRequest, context: Any
     ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
-        async for event in streaming(context, self._session(request)):
-            yield event
+        async with aclosing(self._session(request)) as session:
+            async for event in streaming(context, session):
+                yield event
 
     async def _session(
         self, request: access_pb2.RequestAccessRequest
-    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
+    ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
         async with self._desk.submitted(asked(request.request_id, request.spec)) as stands:
             told = ClientSession(request.request_id, self._leases.ttl)
             if stands.value.state.over:
@@ -57,16 +61,19 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                 # What the mirror does not show yet it would take for gone.
                 raise _behind(stands.value)
             try:
-                async with self._leases.kept(stands.value.access_lease):
-                    async for event in self._events(told, stands.value):
+                async with (
+                    self._leases.kept(stands.value.access_lease) as lease,
+                    aclosing(self._events(told, stands.value, lease)) as events,
+                ):
+                    async for event in events:
                         yield event
             except LeaseNotFound:
                 raise _over(stands.value, "its client was not heard of in time") from None
 
     async def _events(
-        self, told: ClientSession, request: AccessRequest
-    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
-        with self._cluster.subscribe(request.device) as subscription:
+        self, told: ClientSession, request: AccessRequest, lease: Lease
+    ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
+        with self._cluster.subscribe(request.device) as subscription, notified(lease.lost, subscription):
             while True:
                 event = told.next(
                     self._cluster.view(request.device), self._cluster.requests.get(request.request)
@@ -75,6 +82,8 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                     yield event
                     if event.HasField("ended"):
                         return
+                if lease.lost.is_set():
+                    raise _unkept(request)
                 await subscription.wait()
 
     async def SubmitAccess(self, request: access_pb2.SubmitAccessRequest, context: Any) -> Any:  # noqa: N802
@@ -194,6 +203,28 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
 def _id(text: str) -> RequestId:
     return RequestId(check_id("request_id", text))
+
+
+@contextmanager
+def notified(event: asyncio.Event, subscription: Subscription) -> Iterator[None]:
+    """Have `subscription` notified when `event` is set."""
+    waiting = asyncio.ensure_future(event.wait())
+    waiting.add_done_callback(lambda _: subscription.notify())
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
+def _unkept(request: AccessRequest) -> ApiError:
+    return ApiError(
+        grpc.StatusCode.UNAVAILABLE,
+        "NOT_KEPT_ALIVE",
+        f"request {request.request} for device {request.device} could not be kept alive from here, "
+        "etcd does not answer: ask at another coordinator with the same id",
+        request=request.request,
+        device=request.device,
+    )
 
 
 def _over(request: AccessRequest, reason: str) -> ApiError:

@@ -33,6 +33,10 @@ RETRY = 0.5
 the refusal was about has long come by, so this only matters when nothing changes."""
 
 
+PAUSE = 10.0
+"""Seconds until a device is looked at again after an error that nobody foresaw."""
+
+
 class Loop:
     """See the module. `look` may be called at any time on the event loop; `run` does the work."""
 
@@ -92,6 +96,10 @@ class Loop:
         except (StoreError, NotPossible) as error:
             _log.warning("device %s: %s", device, error)
             self._later(device, RETRY)
+        except Exception:  # noqa: BLE001 - logged whole, and tried again
+            # What is wrong with one device must not end the planning of all others.
+            _log.exception("device %s: looking at it failed", device)
+            self._later(device, PAUSE)
         finally:
             self._busy.discard(device)
             if device in self._dirty:

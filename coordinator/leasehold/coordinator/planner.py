@@ -137,6 +137,9 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
     if holder.state is HolderState.YIELDING:
         target = holder.target.controller if holder.target else "nobody"
         return Wait(f"{where} is passing it to {target}")
+    registered = view.controllers.get(holder.controller)
+    if registered is None or registered.session_lease != holder.session_lease:
+        return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
         using = ", ".join(f"{grant.value.request} of {grant.value.client}" for grant in view.state.grants)
         return Wait(f"it is in use through {where} by {using}")
