@@ -25,6 +25,7 @@ from leasehold.runtime.roster import rendezvous
 from leasehold.store import ownership, requests
 from leasehold.store.codec import Stored, decode, encode
 from leasehold.store.kv import get
+from leasehold.store.leases import Lease, LeaseKeeper
 from leasehold.store.ownership import DeviceState, NotPossible, Serving
 from leasehold.store.records import (
     AccessRequest,
@@ -569,6 +570,29 @@ async def test_a_stream_that_breaks_ends_the_access_in_time(
         return not mirrors[0]._subscriptions
 
     await eventually(forgotten)
+
+
+async def test_a_stream_that_can_not_be_kept_alive_sends_its_client_elsewhere(
+    installation: Installation, door: Door, a: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Lease] = []
+    adopt = LeaseKeeper.adopt
+
+    async def seen(keeper: LeaseKeeper, lease_id: int, ttl: int) -> Lease:
+        kept.append(await adopt(keeper, lease_id, ttl))
+        return kept[-1]
+
+    monkeypatch.setattr(LeaseKeeper, "adopt", seen)
+    async with door.session("one") as session:
+        await session.until("granted")
+        # As when its deadline passes while etcd does not answer; the record is still there.
+        kept[0].lost.set()
+        async with asyncio.timeout(WAIT):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await session.call.read()
+    code, reason, metadata = refusal(error.value)
+    assert (code, reason, metadata["request"]) == (grpc.StatusCode.UNAVAILABLE, "NOT_KEPT_ALIVE", "one")
+    assert state_of(await door.get("one")) is RequestState.GRANTED
 
 
 async def test_a_release_is_done_once(installation: Installation, door: Door, a: FakeController) -> None:

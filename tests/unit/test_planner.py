@@ -9,7 +9,7 @@ from leasehold.coordinator import planner
 from leasehold.coordinator.placement import can_ever_serve, place, refusal
 from leasehold.coordinator.planner import Assign, Decision, Direct, Give, Reject, Wait, decide, plan
 from leasehold.coordinator.view import DeviceView
-from leasehold.store.records import ControllerId, DeviceId, Epoch, Epochs, HolderState, Record
+from leasehold.store.records import ControllerId, DeviceId, Epoch, Epochs, HolderState, LeaseId, Record
 from mirror import (
     DISK,
     KEYS,
@@ -118,6 +118,18 @@ CASES = (
         (spec(), A, B, *holding("a"), *granted("r", "a", 1), *pending("s", wanted="b")),
         Wait,
         says="in use",
+    ),
+    Case(
+        "active, its session gone",
+        (spec(), B, *holding("a"), *pending("r")),
+        Wait,
+        says="the session of a in epoch 1 is gone",
+    ),
+    Case(
+        "active, under an earlier session",
+        (spec(), replace(A, session_lease=LeaseId("0000000000000bad")), B, *holding("a"), *pending("r")),
+        Wait,
+        says="the session of a in epoch 1 is gone",
     ),
     # 6. Active and unused.
     Case("unused and unasked", (spec(), A, *holding("a")), Wait, says="serves it, and nobody asks"),
