@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store.clock import boottime_ns
@@ -31,14 +31,17 @@ from leasehold.store.records import (
     Epochs,
     Grant,
     Holder,
+    InvalidId,
     QueueEntry,
     RequestId,
+    RequestState,
+    check_id,
 )
 from leasehold.store.watch import Batch, Gap, follow
 
 _log = logging.getLogger(__name__)
 
-R = TypeVar("R")
+_SECOND = 1_000_000_000
 
 _TOP: dict[str, type[Any]] = {
     "devices": Device,
@@ -52,11 +55,13 @@ _TOP: dict[str, type[Any]] = {
 """Kinds with one record for each name."""
 _NESTED: dict[str, type[Any]] = {"grants": Grant, "queue": QueueEntry, "availability": Availability}
 """Kinds with records under the name of a device."""
+_OF_DEVICE = frozenset({"devices", "epochs", "holders", *_NESTED})
+_BINDING = _OF_DEVICE - {"availability"}
+"""Kinds without which nobody can tell how a device stands."""
+
 FIRST_REST = 1.0
 LONGEST_REST = 60.0
 """Seconds that a controller is left alone after failures: the first, doubling with each up to the longest."""
-_SECOND = 1_000_000_000
-_OF_DEVICE = frozenset({"devices", "epochs", "holders", *_NESTED})
 
 
 class Subscription:
@@ -95,6 +100,7 @@ class Cluster:
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
+        self._views: dict[DeviceId, DeviceView] = {}
 
     # What it shows.
 
@@ -148,9 +154,14 @@ class Cluster:
         )
 
     def view(self, device: DeviceId) -> DeviceView:
-        """What a decision about a device looks at."""
+        """What a decision about a device looks at.
+
+        Its revision may be earlier than that of the mirror: then nothing about the device has changed since.
+        """
+        if known := self._views.get(device):
+            return known
         availability = self._nested["availability"].get(device, {})
-        return DeviceView(
+        view = DeviceView(
             self.state(device),
             queue=tuple(self._queue(device)),
             controllers=self._registered,
@@ -158,20 +169,26 @@ class Cluster:
             held=self._held,
             resting=self._resting(device),
         )
+        # Every stream of every client in the queue asks for the same one. Rest ends without a change, and of
+        # devices that there are not anybody can ask for any number.
+        if not view.resting and (view.state.spec or view.state.epochs):
+            self._views[device] = view
+        return view
 
     def _resting(self, device: DeviceId) -> dict[ControllerId, float]:
         if device not in self._rested:
             return {}
         now = self._clock()
-        rested = self._rested[device]
-        return {name: (until - now) / _SECOND for name, until in rested.items() if until > now}
+        return {name: (until - now) / _SECOND for name, until in self._rested[device].items() if until > now}
 
     def _queue(self, device: DeviceId) -> Iterator[Waiting]:
         entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
         ordered = sorted(entries.values(), key=lambda item: (-item.value.priority, item.create_revision))
         for entry in ordered:
             stored = self.requests.get(entry.value.request)
-            if stored is not None:
+            if stored is None or stored.value.device != device:
+                continue
+            if stored.value.state is RequestState.PENDING:
                 yield Waiting(stored.value, stored, self.clients.get(entry.value.request))
 
     # How it changes.
@@ -197,7 +214,12 @@ class Cluster:
         """Take over one transaction. The devices it concerns, None for all."""
         touched = {self._apply(event.key, event.kv) for event in batch.events}
         self.revision = batch.revision
-        return None if ALL in touched else frozenset(touched - {NOTHING})
+        if ALL in touched:
+            self._views.clear()
+            return None
+        for device in touched:
+            self._views.pop(device, None)
+        return frozenset(touched - {NOTHING})
 
     def load(self, snapshot: Snapshot) -> None:
         """Show what `snapshot` has, and nothing else.
@@ -214,18 +236,32 @@ class Cluster:
     def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
         """Take over one key; the device it is about, or `ALL`, or `NOTHING`."""
         kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
+        if kind not in _TOP and kind not in _NESTED:
+            return NOTHING
+        parts = rest.split("/")
+        if len(parts) != (1 if kind in _TOP else 2) or not all(map(_is_id, parts)):
+            return self._apply_stray(kind, parts[0], key, kv)
         if kind in _TOP:
             return self._apply_top(kind, rest, key, kv)
-        if kind in _NESTED:
-            name, _, inner = rest.partition("/")
-            device = DeviceId(name)
-            # Without knowing who failed lately, everybody can still tell who holds and who waits.
-            binding = NOTHING if kind == "availability" else device
-            stored = self._put(self._nested[kind][device], inner, binding, key, kv, _NESTED[kind])
-            if kind == "availability":
-                self._let_rest(device, ControllerId(inner), stored)
-            return device
-        return NOTHING
+        device = DeviceId(parts[0])
+        stored = self._put(self._nested[kind][device], kind, parts[1], key, kv)
+        if kind == "availability":
+            self._let_rest(device, ControllerId(parts[1]), stored)
+        return device
+
+    def _apply_stray(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
+        """Anybody can put any bytes into etcd. A key that no id can name concerns nobody, unless it stands
+        where the transactions on a device look: then they all fail, and the device is busy."""
+        if kv is not None:
+            _log.error("the key %r names nothing that can be", key)
+        beside = key == f"{self.keys.prefix}{kind}/{name}"
+        if kind not in _NESTED or kind not in _BINDING or beside or not _is_id(name):
+            return NOTHING
+        device = DeviceId(name)
+        self._unreadable.get(device, {}).pop(key, None)
+        if kv is not None:
+            self._unreadable.setdefault(device, {})[key] = f"the key {key!r} names nothing that can be"
+        return device
 
     def _let_rest(
         self, device: DeviceId, controller: ControllerId, failed: Stored[Availability] | None
@@ -238,10 +274,9 @@ class Cluster:
         self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * _SECOND)
 
     def _apply_top(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
-        device = DeviceId(name) if kind in _OF_DEVICE else NOTHING
         records = self._top[kind]
         before = records.get(name)
-        after = self._put(records, name, device, key, kv, _TOP[kind])
+        after = self._put(records, kind, name, key, kv)
         if kind == "holders":
             self._count(before, -1)
             self._count(after, +1)
@@ -257,27 +292,21 @@ class Cluster:
         if kind == "clients":
             request = self.requests.get(RequestId(name))
             return request.value.device if request else NOTHING
-        return device
+        return DeviceId(name)
 
-    def _put(  # noqa: PLR0917 - one key of one kind, in all its parts
-        self,
-        records: dict[str, Stored[Any]],
-        name: str,
-        device: DeviceId,
-        key: str,
-        kv: KeyValue | None,
-        cls: type[Any],
+    def _put(
+        self, records: dict[str, Stored[Any]], kind: str, name: str, key: str, kv: KeyValue | None
     ) -> Stored[Any] | None:
-        wrong = self._unreadable.get(device, {})
-        wrong.pop(key, None)
+        device = DeviceId(key.removeprefix(f"{self.keys.prefix}{kind}/").partition("/")[0])
+        self._unreadable.get(device, {}).pop(key, None)
         records.pop(name, None)
         if kv is None:
             return None
         try:
-            stored: Stored[Any] = decode(cls, kv)
+            stored: Stored[Any] = decode(_TOP.get(kind) or _NESTED[kind], kv)
         except Unreadable as error:
             _log.error("%s", error)
-            if device:
+            if kind in _BINDING:
                 self._unreadable.setdefault(device, {})[key] = str(error)
             return None
         records[name] = stored
@@ -326,3 +355,11 @@ class Cluster:
 ALL = DeviceId("*")
 """Stands for every device: something changed that may concern any."""
 NOTHING = DeviceId("")
+
+
+def _is_id(text: str) -> bool:
+    try:
+        check_id("name", text)
+    except InvalidId:
+        return False
+    return True

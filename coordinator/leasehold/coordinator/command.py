@@ -139,14 +139,18 @@ class _Registration:
         self._registered: Registered[Coordinator] | None = None
 
     async def begin(self, endpoint: str) -> None:
-        """Register. Another of this name may just have died: it is waited for as long as a session lives."""
+        """Register. Another of this name may just have died: it is waited for as long as a session lives.
+
+        Our own earlier session is waited for without end: after a change of leader etcd lets it live longer.
+        """
         self._endpoint = endpoint
         end = asyncio.get_running_loop().time() + self._config.session_ttl + 2 * RETRY
         while True:
             try:
                 self._registered = await self._register()
             except NameTaken as error:
-                if asyncio.get_running_loop().time() >= end:
+                ours = error.instance == self._instance
+                if not ours and asyncio.get_running_loop().time() >= end:
                     raise
                 _log.warning("waiting for it to be gone: %s", error)
             except (Unavailable, OutcomeUnknown, SessionLost) as error:
@@ -160,7 +164,10 @@ class _Registration:
         while True:
             if self._registered is not None:
                 await self._registered.lease.lost.wait()
-            _log.error("the session is lost: registering again")
+                _log.error("the session is lost: registering again")
+                # By our reckoning it is over; in etcd it may live on, and the name with it.
+                await self.end()
+                self._registered = None
             await self.begin(self._endpoint)
 
     async def end(self) -> None:

@@ -21,6 +21,7 @@ from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.api import ApiError
 from leasehold.store import requests
 from leasehold.store.codec import Stored, decode
+from leasehold.store.errors import OutcomeUnknown
 from leasehold.store.kv import KeyValue, get
 from leasehold.store.ownership import NotPossible
 from leasehold.store.records import (
@@ -94,7 +95,7 @@ class Desk:
         """The request as it stands in etcd from now on. The same one again is the one that stands.
 
         Its access lease, if it is a new one, is kept while this is entered. Raises `ApiError` and
-        `StoreError`; after `OutcomeUnknown` it may stand, and is to be asked for again under the same id.
+        `StoreError`; with the reason OUTCOME_UNKNOWN it may stand all the same.
         """
         if stands := self._cluster.requests.get(request.request):
             yield _the_same(request, stands)
@@ -111,7 +112,10 @@ class Desk:
         for attempt in range(AT_ONCE + 1):
             await self._check_device(request)
             transaction = self._at_once(request) if attempt < AT_ONCE else None
-            outcome = await self._ledger.commit(transaction or requests.submit(keys, request), reads)
+            try:
+                outcome = await self._ledger.commit(transaction or requests.submit(keys, request), reads)
+            except OutcomeUnknown as error:
+                raise _unknown(request, error) from error
             if isinstance(outcome, Applied):
                 return await self._standing(request)
             if outcome.ranges and outcome.ranges[0]:
@@ -175,6 +179,17 @@ class Desk:
                 request=request,
             )
         return decode(AccessRequest, found)
+
+
+def _unknown(request: AccessRequest, error: OutcomeUnknown) -> ApiError:
+    return ApiError(
+        grpc.StatusCode.UNAVAILABLE,
+        "OUTCOME_UNKNOWN",
+        f"request {request.request} for device {request.device} may stand or not; "
+        f"ask again with the same id: {error}",
+        request=request.request,
+        device=request.device,
+    )
 
 
 def no_device(device: DeviceId) -> ApiError:

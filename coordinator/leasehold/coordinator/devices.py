@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from leasehold.coordinator.cluster import Cluster, Subscription
 from leasehold.coordinator.desk import no_device
-from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import device_status
 from leasehold.coordinator.paging import page
 from leasehold.coordinator.placement import refusal
@@ -17,7 +18,7 @@ from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError, answering
 from leasehold.store import ownership
 from leasehold.store.codec import decode, encode, from_message
-from leasehold.store.kv import absent, delete, empty, get, put, unchanged
+from leasehold.store.kv import absent, delete, empty, get, present, put, unchanged
 from leasehold.store.ownership import NotPossible
 from leasehold.store.records import VERSION, ControllerId, Device, DeviceId, HolderState, check_id
 from leasehold.store.transaction import Applied, Transaction, new_change_id
@@ -29,6 +30,8 @@ LEAST_TTL = 2
 LONGEST_TTL = 600
 LONGEST_PARAMETER = 4096
 MOST_PARAMETERS = 64
+MOST_CONTROLLERS = 256
+LONGEST_REASON = 200
 TRANSFER_TIMEOUT = 60.0
 """Seconds that a transfer may take when its caller sets no deadline."""
 MOST_MOVES = 3
@@ -82,7 +85,9 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         async def handle() -> devices_pb2.TransferDeviceResponse:
             view = await self._known(request.device)
             target = ControllerId(check_id("controller", request.controller))
-            reason = request.reason[:200] or "an operator ordered it"
+            _require(request.reason.isprintable(), "reason", "printable")
+            reason = request.reason[:LONGEST_REASON] or "an operator ordered it"
+            await self._caught_up(view)
             left = context.time_remaining()
             timeout = TRANSFER_TIMEOUT if left is None else max(left - 0.2, 0.1)
             await self._transfer(view.device, target, reason, min(timeout, TRANSFER_TIMEOUT))
@@ -97,6 +102,12 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         if view.state.spec is None and view.state.epochs is None and not view.state.unreadable:
             raise no_device(view.device)
         return view
+
+    async def _caught_up(self, view: DeviceView) -> None:
+        """Let the mirror show what was read, or a transfer begins with what was so before it was ordered."""
+        records = (view.state.spec, view.state.epochs, view.state.holder)
+        latest = max((record.mod_revision for record in records if record), default=0)
+        await self._cluster.reached(latest, CATCH_UP)
 
     async def _create(self, spec: Device) -> None:
         keys = self._ledger.keys
@@ -188,9 +199,11 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
             return 0
         if why := refusal(view, target):
             raise self._not_moved(view, target, f"{target} {why}")
+        lately = view.availability.get(target)
+        if moves and lately is not None:
+            raise self._not_moved(view, target, lately.reason)
         if moves >= MOST_MOVES:
-            lately = view.availability.get(target)
-            raise self._not_moved(view, target, lately.reason if lately else f"{moves} attempts have failed")
+            raise self._not_moved(view, target, f"{moves} attempts have come to nothing")
         controller = view.controllers[target]
         try:
             if holder is None:
@@ -199,6 +212,8 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
                 made = ownership.direct(self._ledger.author, state, controller, reason=reason)
         except NotPossible as error:
             raise self._not_moved(view, target, str(error)) from error
+        if state.spec is not None:
+            made = replace(made, compares=(*made.compares, present(state.spec.key)))
         return 1 if isinstance(await self._ledger.commit(made), Applied) else 0
 
     def _not_moved(self, view: DeviceView, target: ControllerId, why: str) -> ApiError:
@@ -232,6 +247,7 @@ def checked_spec(message: records_pb2.Device) -> Device:
     """The spec an operator gives, checked field by field. Raises `InvalidId` and `ApiError`."""
     check_id("device", message.device)
     check_id("driver", message.driver)
+    _require(len(message.controllers) <= MOST_CONTROLLERS, "controllers", f"at most {MOST_CONTROLLERS}")
     for controller in message.controllers:
         check_id("controller", controller)
     _require(len(set(message.controllers)) == len(message.controllers), "controllers", "named once each")

@@ -10,6 +10,8 @@ What one look at a device may do, in this order:
     a client is gone       -> its request is cancelled, or its access ended with the path marked as exposed
     a request waited long  -> EXPIRED
     the planner decides    -> assign, direct, grant, reject, or nothing
+
+A request that can not be planned is rejected with the reason, and the queue moves on.
 """
 
 import asyncio
@@ -17,7 +19,7 @@ import logging
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.planner import Reject, plan
+from leasehold.coordinator.planner import Decision, Reject, Wait, plan
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.roster import rendezvous
 from leasehold.store import requests
@@ -31,8 +33,8 @@ _log = logging.getLogger(__name__)
 RETRY = 0.5
 """Seconds after which a device is looked at again when etcd refused or failed a transaction: by then whatever
 the refusal was about has long come by, so this only matters when nothing changes."""
-
-
+AT_A_TIME = 100
+"""Devices glanced at before others have their turn, when all of them are to be looked at."""
 PAUSE = 10.0
 """Seconds until a device is looked at again after an error that nobody foresaw."""
 
@@ -70,10 +72,12 @@ class Loop:
                 self._wake.clear()
                 ready = [device for device in self._dirty if device not in self._busy]
                 self._dirty.difference_update(ready)
-                for device in ready:
+                for number, device in enumerate(ready, 1):
                     if self._is_home(device) and self._has_work(device):
                         self._busy.add(device)
                         group.create_task(self._guarded(device))
+                    if number % AT_A_TIME == 0:
+                        await asyncio.sleep(0)
 
     def _is_home(self, device: DeviceId) -> bool:
         home = self._home_of.get(device)
@@ -111,11 +115,9 @@ class Loop:
             return
         view = self._cluster.view(device)
         if late := self._expired(view):
-            reason = f"it waited longer than {late.request.wait_seconds} s"
-            if late.stored:
-                await self._ledger.commit(
-                    requests.refuse(self._ledger.keys, late.stored, RequestState.EXPIRED, reason=reason)
-                )
+            await self._refuse(
+                late, RequestState.EXPIRED, f"it waited longer than {late.request.wait_seconds} s"
+            )
             self._again(device)
             return
         if view.resting:
@@ -126,10 +128,13 @@ class Loop:
             transaction = self._ledger.transaction(view, decision)
         except NotPossible:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the request that goes
-            # One request must not hold up the others behind it, whatever it is that makes it impossible.
-            _log.exception("device %s can not be planned", device)
-            await self._reject_first(view, f"planning failed: {type(error).__name__}: {error}")
+        except Exception as error:
+            waiting = _about(decision)
+            if waiting is None:
+                raise
+            _log.exception("device %s: request %s can not be planned", device, waiting.request.request)
+            reason = f"planning failed: {type(error).__name__}: {error}"
+            await self._refuse(waiting, RequestState.REJECTED, reason)
             return
         if transaction is None:
             return
@@ -155,15 +160,12 @@ class Loop:
     async def _depart(self, device: DeviceId) -> bool:
         """End what belongs to clients that are gone. Whether there was anything."""
         view = self._cluster.view(device)
-        keys = self._ledger.keys
-        ended = False
-        for waiting in view.queue:
-            if waiting.client is None and waiting.stored is not None:
-                reason = "its client is gone"
-                await self._ledger.commit(
-                    requests.refuse(keys, waiting.stored, RequestState.CANCELLED, reason=reason)
-                )
-                ended = True
+        left = [waiting for waiting in view.queue if waiting.client is None]
+        # Each is a transaction about another request: they do not get into each other's way.
+        await asyncio.gather(
+            *(self._refuse(waiting, RequestState.CANCELLED, "its client is gone") for waiting in left)
+        )
+        ended = bool(left)
         for grant in view.state.grants:
             request = self._cluster.requests.get(grant.value.request)
             gone = grant.value.request not in self._cluster.clients
@@ -171,7 +173,7 @@ class Loop:
                 continue
             outcome = await self._ledger.commit(
                 requests.end(
-                    keys,
+                    self._ledger.keys,
                     self._cluster.state(device),
                     request,
                     reason="its client is gone and did not release it",
@@ -201,11 +203,10 @@ class Loop:
                 self._later(view.device, waiting.request.wait_seconds)
         return None
 
-    async def _reject_first(self, view: DeviceView, reason: str) -> None:
-        first = next((waiting.stored for waiting in view.queue if waiting.stored), None)
-        if first is not None:
+    async def _refuse(self, waiting: Waiting, outcome: RequestState, reason: str) -> None:
+        if waiting.stored is not None:
             await self._ledger.commit(
-                requests.refuse(self._ledger.keys, first, RequestState.REJECTED, reason=reason)
+                requests.refuse(self._ledger.keys, waiting.stored, outcome, reason=reason)
             )
 
     def _again(self, device: DeviceId) -> None:
@@ -213,3 +214,7 @@ class Loop:
 
     def _later(self, device: DeviceId, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, self._again, device)
+
+
+def _about(decision: Decision) -> Waiting | None:
+    return None if isinstance(decision, Wait) else decision.waiting

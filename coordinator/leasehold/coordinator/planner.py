@@ -7,8 +7,9 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
 3. Free: it goes to the best candidate for the clients that have access, else for the first request that can
    be served.
 4. On its way (ACTIVATING, YIELDING): wait.
-5. In use: wait. Access is exclusive.
-6. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
+5. Its holder's session is gone: wait. What it published may be dead, and the controllers take it over.
+6. In use: wait. Access is exclusive.
+7. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
    by a transfer. If an earlier client may still know the path, even the same controller begins a new epoch.
 
 A request whose controller is not available now does not hold up those behind it. A controller that could not
@@ -127,7 +128,7 @@ def _free(view: DeviceView) -> Decision:
             return Assign(f"it is free, and {placement.best.controller} serves best", placement.best, waiting)
         if wanted and not hindrance(view, wanted):
             return Assign(f"it is free, and {wanted} is wanted", view.controllers[wanted], waiting)
-    return Wait(_nobody_eligible(view, placement.why()))
+    return Wait(_nobody_eligible(view))
 
 
 def _held(view: DeviceView, holder: Holder) -> Decision:
@@ -143,8 +144,10 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
     if view.state.grants:
         using = ", ".join(f"{grant.value.request} of {grant.value.client}" for grant in view.state.grants)
         return Wait(f"it is in use through {where} by {using}")
-    placement = place(view)
-    serving = not refusal(view, holder.controller)
+    unfit = refusal(view, holder.controller)
+    serving = not unfit
+    # Nobody else is looked for where the holder will do: most decisions are of that kind.
+    best = None if serving else place(view).best
     for waiting in view.queue:
         wanted = waiting.request.controller or (holder.controller if serving else ControllerId(""))
         if wanted == holder.controller and serving and not holder.path_exposed:
@@ -154,16 +157,15 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
             return Direct(reason, view.controllers[holder.controller], waiting)
         if wanted and not hindrance(view, wanted):
             return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
-        if not wanted and placement.best is not None:
-            reason = f"{holder.controller} {refusal(view, holder.controller)}"
-            return Direct(reason, placement.best, waiting)
+        if not wanted and best is not None:
+            return Direct(f"{holder.controller} {unfit}", best, waiting)
     if not view.queue:
         return Wait(f"{where} serves it, and nobody asks for it")
-    return Wait(_nobody_eligible(view, placement.why()))
+    return Wait(_nobody_eligible(view))
 
 
-def _nobody_eligible(view: DeviceView, why: str) -> str:
+def _nobody_eligible(view: DeviceView) -> str:
     wanted = view.queue[0].request.controller
     if wanted:
         return f"{wanted} is wanted, but {hindrance(view, wanted)}"
-    return f"nobody can serve it: {why}"
+    return f"nobody can serve it: {place(view).why()}"

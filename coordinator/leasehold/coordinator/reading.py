@@ -1,5 +1,7 @@
 """Reads that are never stale: what etcd's quorum says, or nothing."""
 
+from dataclasses import replace
+
 import grpc
 
 from leasehold.coordinator.cluster import Cluster
@@ -53,7 +55,7 @@ class Reader:
         queued.sort(key=lambda entry: (-entry.value.priority, entry.create_revision))
         known = {waiting.request.request: waiting for waiting in mirrored.queue}
         queue = tuple(known[entry.value.request] for entry in queued if entry.value.request in known)
-        view = DeviceView(state, queue, mirrored.controllers, mirrored.availability, mirrored.held)
+        view = replace(mirrored, state=state, queue=queue)
         return view, ranges[len(reads) + 1 :]
 
     async def _device_of(self, request: RequestId) -> DeviceId:
