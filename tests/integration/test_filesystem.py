@@ -5,8 +5,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -15,10 +18,15 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from equipment import missing
+from etcd_server import EtcdServer
+from installation import DISK, Installation, examine
 from leasehold.controller.driver import Activation, ActivationFailed, DriverContext, NotProved
 from leasehold.controller.drivers.filesystem import FilesystemDriver
 from leasehold.controller.filesystem import loops, mount_api
 from leasehold.controller.gate import Gate
+from leasehold.store import ownership
+from leasehold.store.codec import decode, encode
+from leasehold.store.records import Controller, ControllerId, Device, HolderState
 
 pytestmark = pytest.mark.needs("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair")
 
@@ -475,3 +483,185 @@ async def test_what_is_not_there_is_told_before_anything_is_mounted(site: Site, 
         await site.driver.prepare(site.activation(image, 1, fstype="xfs"))
     with pytest.raises(ActivationFailed, match="No such file"):
         await site.driver.prepare(site.activation(image.with_name("none"), 1))
+
+
+# Whole controllers, as processes of their own.
+
+CODE = (
+    "import sys; from pathlib import Path; from leasehold.controller.command import run;"
+    " sys.exit(run(Path(sys.argv[1])))"
+)
+TTL = 5
+
+
+class Controllers:
+    """Controllers of one installation on this host; each has a loop device of its own over the same image."""
+
+    def __init__(self, installation: Installation, endpoint: str, directory: Path) -> None:
+        self.installation = installation
+        self.endpoint = endpoint
+        self.directory = directory
+        self.image = make_image(directory / "image")
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    async def start(self, name: str) -> None:
+        config = self.directory / f"{name}.toml"
+        config.write_text(
+            f"""
+name = "{name}"
+state_dir = "{self.directory / name}"
+session_ttl = {TTL}
+drain_seconds = 1
+drivers = ["filesystem"]
+[etcd]
+endpoints = ["{self.endpoint}"]
+prefix = "{self.installation.keys.prefix}"
+throwaway = true
+[data]
+gate_dir = "{self.directory}"
+[filesystem]
+root = "{self.directory / "mnt"}"
+"""
+        )
+        with (self.directory / f"{name}.log").open("w") as log:
+            self.processes[name] = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", CODE, str(config), stderr=log
+            )
+        await until(lambda: "ready, listening" in self.log(name), within=20)
+
+    async def device(self) -> None:
+        spec = Device(
+            device=DISK,
+            driver="filesystem",
+            parameters={"backing": str(self.image), "fstype": "ext4"},
+            ttl_seconds=TTL,
+        )
+        await self.installation.kv.put(self.installation.keys.device(DISK), encode(spec))
+
+    async def give(self, name: str) -> Path:
+        """What a coordinator does. Returns the mount."""
+        found = await self.installation.kv.get(self.installation.keys.controller(ControllerId(name)))
+        assert found is not None
+        target = decode(Controller, found).value
+        state = await self.installation.state()
+        step = ownership.direct if state.holder else ownership.assign
+        await self.installation.apply(step(self.installation.author, state, target, reason="test"))
+        return await self.served(name)
+
+    async def served(self, name: str, within: float = 10) -> Path:
+        async with asyncio.timeout(within):
+            while True:
+                state = await self.installation.state()
+                holder = state.holder.value if state.holder else None
+                if holder and holder.state is HolderState.ACTIVE and holder.controller == name:
+                    return local(holder.path)
+                await asyncio.sleep(0.02)
+
+    async def vacated(self, within: float) -> int:
+        """When the holder record went: ns of CLOCK_BOOTTIME, a little late rather than early."""
+        async with asyncio.timeout(within):
+            while (await self.installation.state()).holder is not None:
+                await asyncio.sleep(0.01)
+        return now()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    async def close(self) -> None:
+        for name, process in self.processes.items():
+            if process.returncode is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+                async with asyncio.timeout(25):
+                    assert await process.wait() == 0, self.log(name)
+
+
+@pytest.fixture
+async def controllers(
+    installation: Installation, shared_etcd: EtcdServer, directory: Path
+) -> AsyncIterator[Controllers]:
+    made = Controllers(installation, shared_etcd.endpoint, directory)
+    await made.device()
+    try:
+        yield made
+    finally:
+        await made.close()
+    await examine(installation)
+    assert_clean(made.image)
+
+
+async def test_controllers_pass_a_filesystem_on(controllers: Controllers) -> None:
+    await controllers.start("a")
+    await controllers.start("b")
+    for number in range(6):
+        mounted = await controllers.give("ab"[number % 2])
+        assert sorted(item.name for item in mounted.glob("file-*")) == [f"file-{i}" for i in range(number)]
+        (mounted / f"file-{number}").write_text("content")
+
+
+async def test_a_stopped_controller_loses_its_filesystem_before_its_lease(controllers: Controllers) -> None:
+    await controllers.start("a")
+    mounted = await controllers.give("a")
+    write(mounted / "file", "content")
+    refused: list[int] = []
+
+    def keep_writing() -> None:
+        with contextlib.suppress(OSError):
+            write_on(mounted / "busy", 3 * TTL)
+        refused.append(now())
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    await controllers.start("b")
+    controllers.signal("a", signal.SIGSTOP)
+    vacated = await controllers.vacated(within=2 * TTL)
+    assert refused, "it could still be written when the lease was gone"
+    assert vacated - refused[0] > SECOND // 2
+    writer.join()
+    taken_over = await controllers.served("b")
+    assert (taken_over / "file").read_text() == "content"
+    write(taken_over / "file", "content of b")
+    with pytest.raises(OSError, match="Input/output error"):
+        write(mounted / "file", "late content of a")
+    controllers.signal("a", signal.SIGCONT)
+    await until(lambda: mount_api.mounted_at(str(mounted)) is None)
+    assert (taken_over / "file").read_text() == "content of b"
+
+
+async def test_a_killed_controller_writes_no_more_and_releases_at_its_restart(
+    controllers: Controllers,
+) -> None:
+    await controllers.start("a")
+    mounted = await controllers.give("a")
+    write(mounted / "file", "content")
+    with running("sleep", "60", cwd=mounted):
+        controllers.signal("a", signal.SIGKILL)
+        await controllers.processes["a"].wait()
+
+        def refused() -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    write(mounted / "late", "late")
+                except OSError as error:
+                    return error.errno == errno.EIO
+            return False
+
+        await until(refused, within=1)
+    await controllers.start("a")
+    assert re.search("device d1 epoch 1 holder a .* proved to be over since", controllers.log("a"))
+    assert (await controllers.installation.state()).free
+    assert (await controllers.give("a") / "file").read_text() == "content"
+
+
+async def test_a_killed_controller_is_taken_over_from(controllers: Controllers) -> None:
+    await controllers.start("a")
+    await controllers.start("b")
+    mounted = await controllers.give("a")
+    write(mounted / "file", "content")
+    controllers.signal("a", signal.SIGKILL)
+    await controllers.processes["a"].wait()
+    assert (await controllers.served("b", within=3 * TTL) / "file").read_text() == "content"
+    assert mount_api.mounted_at(str(mounted)) is None
