@@ -206,6 +206,7 @@ class FilesystemDriver:
             read_only=activation.read_only,
             mountpoint=f"{self._root}/{activation.device}-{activation.epoch}",
             tag=f"leasehold-{mark}",
+            record=str(self._context.state_dir.absolute() / f"loop-{mark}"),
         )
 
 

@@ -1,7 +1,7 @@
 """Loop devices over image files, one of our own for each mount.
 
 Never one that is there already, as `mount -o loop` would take: it may be another's. It is set up by one ioctl
-(Linux 5.8) that also gives it a tag, by which a later instance of this controller finds it, and lets the
+(Linux 5.8) that also gives it a tag, by which a later instance of this controller knows it, and lets the
 kernel release it when the last one to use it is gone. So a process that dies in between leaves nothing
 behind, as it would between a `losetup -f --show` and what follows.
 
@@ -65,10 +65,23 @@ def attach(image: str, tag: str, *, read_only: bool) -> Loop:
     raise OSError(errno.EBUSY, "every free loop device was taken by somebody else", image)
 
 
-def tagged(tag: str) -> list[str]:
-    """The nodes of the loop devices that carry `tag` and still have an image."""
-    nodes = (f"/dev/{item.parent.parent.name}" for item in Path("/sys/block").glob("loop*/loop/backing_file"))
-    return [node for node in nodes if _tag(node) == tag.encode()]
+def remember(record: Path, loop: Loop) -> None:
+    """Write down which loop device it is, before anything is mounted from it."""
+    fresh = record.with_suffix(".new")
+    fresh.write_text(loop.node, encoding="ascii")
+    fresh.replace(record)
+
+
+def remembered(record: Path, tag: str) -> str | None:
+    """The node in the record, if that still is a loop device with our tag.
+
+    It is not searched for among all: to ask a loop device for its tag hangs where its storage does.
+    """
+    try:
+        node = record.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    return node if _tag(node) == tag.encode() else None
 
 
 def in_use(node: str) -> bool:

@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from leasehold.controller.filesystem import loops, mount_api, options, users
 from leasehold.controller.gate import Gate
@@ -59,7 +60,10 @@ class VolumeFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
-    """What the controller says of a mount. `tag` marks its loop device as this controller's."""
+    """What the controller says of a mount.
+
+    `tag` marks its loop device as this controller's, and `record` is the file that says which one it is.
+    """
 
     device: str
     epoch: int
@@ -70,6 +74,7 @@ class VolumeSpec:
     read_only: bool
     mountpoint: str
     tag: str
+    record: str
 
 
 class Volume:
@@ -162,8 +167,8 @@ class Volume:
     def end(self, drain: float) -> None:
         """Return once it is proved that nothing here can write to it. Raises VolumeFailed, OSError.
 
-        Also for one that this process did not make: then what is at the mount point, and the loop devices
-        with the tag, are what an earlier instance left.
+        Also for one that this process did not make: then what is at the mount point, and the loop device in
+        the record, are what an earlier instance left.
         """
         with self._in_turn():
             if self._root < 0:
@@ -199,8 +204,12 @@ class Volume:
         if self._loop is not None or self._node:
             raise VolumeFailed("an earlier attempt in this epoch was not cleaned up")
         if stat.S_ISREG(os.stat(spec.backing).st_mode):
+            earlier = self._remembered()
+            if earlier is not None:
+                self._prove_unused(earlier)
             self._loop = loops.attach(spec.backing, spec.tag, read_only=spec.read_only)
             self._node = self._loop.node
+            loops.remember(Path(spec.record), self._loop)
         else:
             # Linux would hand out a filesystem that is still alive here a second time.
             os.close(_open_alone(spec.backing, read_only=spec.read_only))
@@ -311,14 +320,15 @@ class Volume:
 
     def _prove(self) -> None:
         spec = self.spec
-        nodes = dict.fromkeys([*([self._node] if self._node else []), *loops.tagged(spec.tag)])
-        for node in nodes:
-            self._prove_unused(node)
+        earlier = self._remembered()
+        for node in {self._node, earlier} - {"", None}:
+            self._prove_unused(str(node))
         if self._loop is not None:
             os.close(self._loop.fd)
         self._loop, self._node = None, ""
-        for node in loops.tagged(spec.tag):
-            loops.release(node)
+        if earlier is not None and self._remembered() == earlier:
+            loops.release(earlier)
+        Path(spec.record).unlink(missing_ok=True)
         try:
             block = stat.S_ISBLK(os.stat(spec.backing).st_mode)
         except OSError as error:
@@ -335,6 +345,9 @@ class Volume:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def _remembered(self) -> str | None:
+        return loops.remembered(Path(self.spec.record), self.spec.tag)
 
     def _prove_unused(self, node: str) -> None:
         until = time.monotonic() + _PROOF_SECONDS
