@@ -12,7 +12,7 @@ PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "nbdcopy": "libnbd-bin",
-    "nbdfuse": "nbdfuse",
+    "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
     "qemu-img": "qemu-utils",

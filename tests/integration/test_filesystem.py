@@ -280,6 +280,7 @@ async def test_a_read_only_holder_writes_nothing(site: Site, directory: Path, fs
 async def test_who_keeps_it_busy_is_named_and_it_is_not_released(site: Site, image: Path) -> None:
     activation = site.activation(image, 1)
     mounted = await site.activate(activation)
+    (mounted / "early").write_text("not synced by its writer")
     with running("sleep", "60", cwd=mounted) as sleeper:
         started = time.monotonic()
         with pytest.raises(NotProved, match=rf"kept busy by process {sleeper.pid} \(sleep\)"):
@@ -291,7 +292,9 @@ async def test_who_keeps_it_busy_is_named_and_it_is_not_released(site: Site, ima
             await site.driver.deactivate(activation, drain=0)
     await site.driver.deactivate(activation, drain=0)
     again = site.activation(image, 2)
-    assert not (await site.activate(again) / "late").exists()
+    mounted = await site.activate(again)
+    assert not (mounted / "late").exists()
+    assert (mounted / "early").read_text() == "not synced by its writer"
     await site.driver.deactivate(again, drain=0)
     assert_clean(image)
 
@@ -326,6 +329,8 @@ async def test_a_hidden_mount_namespace_is_not_released(site: Site, image: Path,
             with pytest.raises(NotProved, match=rf"still in use by process {hidden.pid} \("):
                 await site.driver.deactivate(activation, drain=0.1)
             assert mount_api.mounted_at(str(mounted)) is None, "the mount table would have been no proof"
+            with pytest.raises(OSError, match=r"Read-only file system|Input/output error"):
+                write(Path(f"/proc/{hidden.pid}/root{mounted}/late"), "late")
     await site.driver.deactivate(activation, drain=0)
     again = site.activation(image, 2)
     await site.activate(again)

@@ -277,6 +277,12 @@ class Volume:
             # Whoever wrote and synced was told. That more can be written is not to be feared of it.
             self.cut()
 
+    def _sync_and_cut(self) -> bool:
+        """What was written in the drain time, perhaps by programs that have left, is not to be lost."""
+        if self.live and self.allowed():
+            self._sync()
+        return self.cut()
+
     def _unmount(self, until: float) -> None:
         while mount_api.mounted_at(self.spec.mountpoint) is not None:
             try:
@@ -287,7 +293,7 @@ class Volume:
                 if error.errno != errno.EBUSY:
                     raise
                 if time.monotonic() >= until or not self.allowed():
-                    self.cut()
+                    self._sync_and_cut()
                     who = users.inside(self.spec.mountpoint)
                     raise VolumeFailed(f"{self.spec.mountpoint} is kept busy by {who}") from error
                 time.sleep(_PAUSE)
@@ -300,7 +306,7 @@ class Volume:
             mount_api.make_read_only(self._mount)
         except OSError as error:
             # Somebody in another namespace writes, or the device fails.
-            if not self.cut():
+            if not self._sync_and_cut():
                 who = users.elsewhere(mount_api.number_of(self._node))
                 raise VolumeFailed(
                     f"{self.spec.backing} can be neither made read-only ({error.strerror}; in use by {who})"
