@@ -394,6 +394,20 @@ async def test_the_death_of_the_steward_is_told_and_another_proves(site: Site, i
     assert_clean(image)
 
 
+async def test_a_stopped_steward_is_replaced(site: Site, image: Path) -> None:
+    activation = site.activation(image, 1)
+    mounted = await site.activate(activation)
+    (mounted / "file").write_text("content")
+    stopped = site.steward
+    os.kill(stopped, signal.SIGSTOP)
+    await site.driver.deactivate(activation, drain=1)
+    assert site.steward != stopped
+    again = site.activation(image, 2)
+    assert (await site.activate(again) / "file").read_text() == "content"
+    await site.driver.deactivate(again, drain=0)
+    assert_clean(image)
+
+
 async def test_what_an_earlier_instance_left_is_proved_over(directory: Path, image: Path) -> None:
     site = Site(directory / "a")
     await site.driver.start()

@@ -39,7 +39,7 @@ from leasehold.controller.filesystem.channel import StewardChannel
 from leasehold.controller.filesystem.mount_api import unsupported
 from leasehold.controller.filesystem.steward import LOCK
 from leasehold.controller.filesystem.volume import VolumeSpec
-from leasehold.controller.nbd.channel import ChannelError, WorkerRefused
+from leasehold.controller.nbd.channel import ChannelError, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.locks import free
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ _EXAMINE_SECONDS = 10.0
 _MAKE_SECONDS = 25.0
 """A journal may have to be replayed."""
 _STATUS_SECONDS = 4.0
-_END_GRACE = 8.0
+_PING_SECONDS = 1.0
+_END_GRACE = 6.0
 """Beyond the drain time. What takes longer is taken to hang."""
 _EARLIER_SECONDS = 6.0
 """For an earlier controller's steward to end; it gives itself less."""
@@ -142,7 +143,7 @@ class FilesystemDriver:
         spec = self._spec(activation)
         self._active.discard(activation.device)
         try:
-            channel = await self._reach()
+            channel = await self._reach_awake()
             await channel.ask("end", drain + _END_GRACE, volume=asdict(spec), drain=drain)
         except WorkerRefused as error:
             raise NotProved(activation.device, activation.epoch, str(error)) from error
@@ -169,6 +170,18 @@ class FilesystemDriver:
                 self._channel = await StewardChannel.open(context.gate.path, context.state_dir)
                 self._guard = asyncio.create_task(self._until_gone(self._channel), name="steward")
             return self._channel
+
+    async def _reach_awake(self) -> StewardChannel:
+        """The steward, or another one if it is stopped: such a one watches over nothing any more."""
+        channel = await self._reach()
+        try:
+            await channel.ask("ping", _PING_SECONDS)
+        except WorkerSilent:
+            _log.error("the steward, process %d, is stopped or starved and gets killed", channel.child.pid)
+            channel.child.kill()
+            await channel.child.exited(_PING_SECONDS)
+            channel = await self._reach()
+        return channel
 
     async def _until_gone(self, channel: StewardChannel) -> None:
         await channel.child.gone.wait()

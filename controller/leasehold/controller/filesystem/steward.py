@@ -10,6 +10,7 @@ Verbs on its channel, JSON as the NBD workers speak it (`leasehold.controller.nb
 =========  ==================  ===================================================================
 verb       fields              ok means
 =========  ==================  ===================================================================
+ping                           it is not stopped
 examine    backing, fstype     `failure` says why it cannot be mounted, if it cannot
 make       volume              it is mounted, probed and visible
 status     volume              `failure` says what ails it, if anything
@@ -75,6 +76,7 @@ class Steward:
         self._changing = threading.Lock()
         self._volumes: dict[tuple[str, int], Volume] = {}
         self._verbs: dict[str, Callable[[Message], Message]] = {
+            "ping": lambda _: {},
             "examine": self._examine,
             "make": self._make,
             "status": self._status,
