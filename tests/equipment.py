@@ -7,10 +7,18 @@ from typing import NoReturn
 import pytest
 
 PACKAGES = {
+    "e2fsck": "e2fsprogs",
+    "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
     "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
+    "nbdkit": "nbdkit",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
+    "unshare": "util-linux",
+    "xfs_repair": "xfsprogs",
 }
 """The Debian package of each system tool that a test may need."""
 

@@ -36,6 +36,18 @@ class DataSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilesystemSettings:
+    """The `[filesystem]` table: where the driver of that name mounts."""
+
+    root: Path = Path("/run/leasehold/mnt")
+    """Each controller has a directory of its own below it."""
+
+    def __post_init__(self) -> None:
+        if not self.root.is_absolute() or ".." in self.root.parts:
+            raise ValueError(f"root {str(self.root)!r} is no absolute path without '..'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerConfig:
     """The whole file.
 
@@ -53,6 +65,7 @@ class ControllerConfig:
     drivers: tuple[str, ...] = ("nbd",)
     etcd: EtcdSettings = field(default_factory=EtcdSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    filesystem: FilesystemSettings = field(default_factory=FilesystemSettings)
 
     def __post_init__(self) -> None:
         check_id("controller", self.name)
@@ -78,5 +91,14 @@ class ControllerConfig:
     @property
     def gate_file(self) -> Path:
         """One per state directory, as the lock on it is."""
-        mark = blake2b(str(self.state_dir.resolve()).encode(), digest_size=6).hexdigest()
-        return self.data.gate_dir / f"leasehold-{self.name}-{mark}.gate"
+        return self.data.gate_dir / f"leasehold-{self._mark}.gate"
+
+    @property
+    def mount_root(self) -> Path:
+        """One per state directory too, so that recovery never meets the mounts of another controller."""
+        return self.filesystem.root / self._mark
+
+    @property
+    def _mark(self) -> str:
+        digest = blake2b(str(self.state_dir.resolve()).encode(), digest_size=6).hexdigest()
+        return f"{self.name}-{digest}"

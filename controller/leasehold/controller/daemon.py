@@ -179,6 +179,7 @@ class Daemon:
             base_port=config.data.base_port,
             workers=config.data.workers,
             on_unhealthy=self._unhealthy,
+            mount_root=config.mount_root,
         )
         factories = self._factories if self._factories is not None else driver_factories(config.drivers)
         return {name: factory(given) for name, factory in factories.items()}

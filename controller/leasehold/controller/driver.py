@@ -70,7 +70,8 @@ class DriverContext:
     """What the controller gives a driver to work with.
 
     `data_host` is the name or address that clients reach this host by; it becomes part of a path.
-    `base_port` 0 means ephemeral ports. `on_unhealthy(device, reason)` is called on the event loop
+    `base_port` 0 means ephemeral ports. `mount_root` is this controller's own directory for mount points.
+    `on_unhealthy(device, reason)` is called on the event loop
     when a data path breaks without having been asked.
     """
 
@@ -81,6 +82,7 @@ class DriverContext:
     base_port: int
     workers: int
     on_unhealthy: Callable[[str, str], None] = field(repr=False)
+    mount_root: Path = Path("/run/leasehold/mnt")
 
 
 class DriverError(Exception):

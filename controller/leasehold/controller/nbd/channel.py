@@ -45,6 +45,8 @@ class WorkerRefused(ChannelError):
 class Channel:
     """One worker process. Use `start`."""
 
+    who = "the NBD worker"
+
     def __init__(self, child: Child, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.child = child
         self._writer = writer
@@ -94,7 +96,7 @@ class Channel:
         Raises ChannelError. Cancelling does not take the verb back.
         """
         if self._lost:
-            raise WorkerLost("the NBD worker has ended")
+            raise WorkerLost(f"{self.who} has ended")
         number = next(self._numbers)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
@@ -103,7 +105,7 @@ class Channel:
             async with asyncio.timeout(timeout):
                 message = await answer
         except TimeoutError:
-            raise WorkerSilent(f"the NBD worker did not answer {verb} in {timeout:g} s") from None
+            raise WorkerSilent(f"{self.who} did not answer {verb} in {timeout:g} s") from None
         finally:
             self._waiting.pop(number, None)
         if not message.get("ok"):
@@ -135,4 +137,4 @@ class Channel:
             self._ready.set()
             for answer in self._waiting.values():
                 if not answer.done():
-                    answer.set_exception(WorkerLost("the NBD worker ended before it answered"))
+                    answer.set_exception(WorkerLost(f"{self.who} ended before it answered"))

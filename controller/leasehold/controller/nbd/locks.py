@@ -51,6 +51,17 @@ def hold_lock(state_dir: Path, index: int) -> int:
     return fd
 
 
+def try_lock(path: Path) -> bool:
+    """Take the lock at `path` until this process ends. False if another process has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return False
+    return True
+
+
 def free(path: Path) -> bool:
     """True if nobody holds the lock at `path` at this moment."""
     fd = os.open(path, os.O_RDWR)

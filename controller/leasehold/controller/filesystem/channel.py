@@ -1,0 +1,56 @@
+"""The controller's end of the steward: its process, and the channel to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+
+from leasehold.controller.nbd import messages
+from leasehold.controller.nbd.channel import Channel, WorkerLost, WorkerSilent
+from leasehold.controller.nbd.child import Child
+
+_START_SECONDS = 10.0
+
+
+class StewardChannel(Channel):
+    """One steward process. Use `open`; the errors are those of an NBD worker's channel."""
+
+    who = "the steward"
+
+    @classmethod
+    async def open(cls, gate: Path, state_dir: Path) -> StewardChannel:
+        """Start a steward and wait until it serves. Raises ChannelError, OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            config = {"gate": str(gate), "state_dir": str(state_dir), "control_fd": theirs.fileno()}
+            try:
+                child = Child(
+                    "leasehold.controller.filesystem.steward",
+                    [json.dumps(config)],
+                    pass_fds=(theirs.fileno(),),
+                )
+            except OSError:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_connection(sock=ours, limit=messages.MAX_LINE)
+        channel = cls(child, reader, writer)
+        try:
+            ready = await channel.ready(_START_SECONDS)
+        except BaseException:
+            await channel.close(0.0)
+            raise
+        if not ready:
+            await channel.close(0.0)
+            raise WorkerLost("the steward ended at its start")
+        return channel
+
+    async def ready(self, timeout: float) -> bool:
+        """Wait for its word. False if it has ended instead. Raises WorkerSilent."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ready.wait()
+        except TimeoutError:
+            raise WorkerSilent(f"the steward did not start in {timeout:g} s") from None
+        return not self._lost

@@ -1,0 +1,403 @@
+"""One mount from its making to the proof that it is gone, in the steward's process.
+
+Making it:
+
+1. An image gets a loop device of its own.
+2. The filesystem is mounted without a place in the tree. From here on the steward shuts it down at its
+   deadline.
+3. A small file is written and synced, or nothing where it is mounted for reading only.
+4. A twin of the mount becomes visible at the mount point. The steward keeps the first, so that it can reach
+   the filesystem without keeping the mount point busy.
+
+Its end is a pipeline, each step of which may be asked for again:
+
+1. sync          while the hold still stands; else the filesystem is shut down instead
+2. unmount       what is visible; whoever still uses it has the drain time to leave
+3. read-only     the filesystem itself, wherever another mount namespace may still have it; or it is shut down
+4. let go        of the first mount; where nobody else has one, the filesystem ends here
+5. prove         the block device can be opened by us alone
+
+A hidden mount namespace keeps a filesystem alive that unmounted with exit code 0 and shows in no table; only
+step 5 sees it, and by then it can write no more because of step 3.
+
+Every call may hang in the device. Each is made in a thread that nobody waits for without a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from leasehold.controller.filesystem import loops, mount_api, options, users
+from leasehold.controller.gate import Gate
+from leasehold.controller.nbd.backing import GONE
+
+RESERVED = ".leasehold"
+"""The directory at the root of each filesystem that is Leasehold's."""
+
+_SHUTDOWN_SECONDS = 2.0
+"""For a filesystem to be shut down; it takes milliseconds."""
+_TURN_SECONDS = 2.0
+"""For an earlier call on the same volume to come back. One that takes longer hangs."""
+_PROOF_SECONDS = 0.5
+"""For the last user, such as a udev probe, to let go of the block device."""
+_PAUSE = 0.02
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_MOUNTED = frozenset({errno.EINVAL, errno.ENOENT})
+
+
+class VolumeFailed(Exception):
+    """It can not be made usable, or is not proved to be gone. The message is a sentence for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """What the controller says of a mount.
+
+    `tag` marks its loop device as this controller's, and `record` is the file that says which one it is.
+    """
+
+    device: str
+    epoch: int
+    slot: int
+    backing: str
+    fstype: str
+    options: str
+    read_only: bool
+    mountpoint: str
+    tag: str
+    record: str
+
+
+class Volume:
+    """See the module. `make`, `status` and `end` are for one thread at a time; `cut` is for any."""
+
+    def __init__(self, spec: VolumeSpec, gate: Gate) -> None:
+        self.spec = spec
+        self.shut = False
+        """The filesystem is shut down."""
+        self._gate = gate
+        self._turn = threading.Lock()
+        self._descriptors = threading.Lock()
+        self._ring = threading.Event()
+        self._done = threading.Event()
+        self._loop: loops.Loop | None = None
+        self._node = ""
+        self._mount = -1
+        self._root = -1
+        self._failure = ""
+        self._shown = False
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a filesystem that would have to be shut down."""
+        return self._root >= 0 and not self.shut
+
+    @property
+    def deadline(self) -> int:
+        """ns of CLOCK_BOOTTIME."""
+        return self._gate.deadline(self.spec.slot)
+
+    def allowed(self) -> bool:
+        return self._gate.allows(self.spec.slot, self.spec.epoch)
+
+    def ring(self) -> None:
+        """Have the filesystem shut down, without waiting for it."""
+        self._ring.set()
+
+    def cut(self) -> bool:
+        """Shut the filesystem down and return once it is. False if that was refused.
+
+        Raises VolumeFailed if it does not answer.
+        """
+        if not self.live:
+            return True
+        self._ring.set()
+        if not self._done.wait(_SHUTDOWN_SECONDS):
+            raise VolumeFailed("its filesystem hangs and does not even shut down")
+        return self.shut
+
+    def make(self) -> None:
+        """Mount it; its gate is open. Raises VolumeFailed, OSError, ValueError."""
+        with self._in_turn():
+            if self._shown:
+                if not self.live:
+                    raise VolumeFailed("it is shut down already")
+                return
+            self._require_gate()
+            asked = options.parse(self.spec.fstype, self.spec.options, read_only=self.spec.read_only)
+            os.makedirs(self.spec.mountpoint, exist_ok=True)
+            if mount_api.mounted_at(self.spec.mountpoint) is not None:
+                raise VolumeFailed(f"something is mounted at {self.spec.mountpoint} already")
+            self._take_node()
+            self._require_gate()
+            self._mount = mount_api.create(
+                self.spec.fstype, self._node, asked.flags, asked.values, asked.attributes
+            )
+            self._watch_over()
+            if not self.spec.read_only:
+                self._probe()
+            self._require_gate()
+            mount_api.attach(self._mount, self.spec.mountpoint)
+            self._shown = True
+
+    def status(self) -> str | None:
+        """None if it is mounted and answers, else what ails it. Raises VolumeFailed, OSError."""
+        with self._in_turn():
+            if self._root < 0:
+                return "it is not mounted"
+            if self._ring.is_set():
+                return "its filesystem is shut down"
+            if mount_api.mounted_at(self.spec.mountpoint) != mount_api.number_of(self._node):
+                return f"it is not to be found at {self.spec.mountpoint} any more"
+            if not self.spec.read_only:
+                if os.fstatvfs(self._root).f_flag & os.ST_RDONLY:
+                    return "its filesystem has turned read-only after an error"
+                self._probe()
+            return None
+
+    def end(self, drain: float) -> None:
+        """Return once it is proved that nothing here can write to it. Raises VolumeFailed, OSError.
+
+        Also for one that this process did not make: then what is at the mount point, and the loop device in
+        the record, are what an earlier instance left.
+        """
+        with self._in_turn():
+            if self._root < 0:
+                self._adopt()
+            until = time.monotonic() + drain
+            if self.live and self.allowed():
+                self._sync()
+            else:
+                self.cut()
+            self._unmount(until)
+            self._seal()
+            self._let_go()
+            self._prove()
+            with contextlib.suppress(OSError):
+                # Somebody may have put a file there; the next epoch has another place.
+                os.rmdir(self.spec.mountpoint)
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._turn.acquire(timeout=_TURN_SECONDS):
+            raise VolumeFailed(f"an earlier call still hangs in {self.spec.backing}")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _require_gate(self) -> None:
+        if not self.allowed():
+            raise VolumeFailed("its deadline has passed")
+
+    def _take_node(self) -> None:
+        spec = self.spec
+        if self._loop is not None or self._node:
+            raise VolumeFailed("an earlier attempt in this epoch was not cleaned up")
+        if stat.S_ISREG(os.stat(spec.backing).st_mode):
+            earlier = self._remembered()
+            if earlier is not None:
+                self._prove_unused(earlier)
+            self._loop = loops.attach(spec.backing, spec.tag, read_only=spec.read_only)
+            self._node = self._loop.node
+            loops.remember(Path(spec.record), self._loop)
+        else:
+            # Linux would hand out a filesystem that is still alive here a second time.
+            os.close(_open_alone(spec.backing, read_only=spec.read_only))
+            self._node = os.path.realpath(spec.backing)
+
+    def _watch_over(self) -> None:
+        """Be ready to shut it down: no thread has to be started, and no path be walked, for that any more."""
+        root = mount_api.root_of(self._mount)
+        threading.Thread(target=self._shut_when_rung, args=(root,), daemon=True).start()
+        self._root = root
+
+    def _shut_when_rung(self, root: int) -> None:
+        self._ring.wait()
+        with self._descriptors:
+            if self._root != root:
+                return
+            try:
+                mount_api.shut_down(root)
+                self.shut = True
+            except OSError as error:
+                self._failure = str(error)
+            finally:
+                self._done.set()
+
+    def _probe(self) -> None:
+        """Write and sync a file of a few bytes, in place. A full filesystem does answer, and that will do."""
+        said = json.dumps({"device": self.spec.device, "epoch": self.spec.epoch}) + "\n"
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(RESERVED, 0o700, dir_fd=self._root)
+            # What is in the filesystem is the clients', so no symbolic link of theirs is followed.
+            where = os.open(RESERVED, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._root)
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                fd = os.open("epoch", flags, 0o600, dir_fd=where)
+            finally:
+                os.close(where)
+            try:
+                os.pwrite(fd, said.encode(), 0)
+                os.ftruncate(fd, len(said))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise VolumeFailed(f"it can not be written: {error.strerror}") from error
+
+    def _adopt(self) -> None:
+        """Get hold of what an earlier instance left mounted. This one has no right to it."""
+        number = mount_api.mounted_at(self.spec.mountpoint)
+        if number is None:
+            return
+        self._node = mount_api.node_of(number)
+        if self._loop is None:
+            # Held, or a loop device would lose its image with its last user, before it can be asked.
+            self._loop = loops.Loop(os.open(self._node, os.O_RDONLY | os.O_CLOEXEC), self._node)
+        self._mount = mount_api.twin_of(self.spec.mountpoint)
+        self._shown = True
+        self._watch_over()
+
+    def _sync(self) -> None:
+        try:
+            mount_api.sync(self._root)
+        except OSError:
+            # Whoever wrote and synced was told. That more can be written is not to be feared of it.
+            self.cut()
+
+    def _sync_and_cut(self) -> bool:
+        """What was written in the drain time, perhaps by programs that have left, is not to be lost."""
+        if self.live and self.allowed():
+            self._sync()
+        return self.cut()
+
+    def _unmount(self, until: float) -> None:
+        while mount_api.mounted_at(self.spec.mountpoint) is not None:
+            try:
+                mount_api.unmount(self.spec.mountpoint)
+            except OSError as error:
+                if error.errno in _NOT_MOUNTED:
+                    break
+                if error.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() >= until or not self.allowed():
+                    self._sync_and_cut()
+                    who = users.inside(self.spec.mountpoint)
+                    raise VolumeFailed(f"{self.spec.mountpoint} is kept busy by {who}") from error
+                time.sleep(_PAUSE)
+        self._shown = False
+
+    def _seal(self) -> None:
+        if not self.live or self.spec.read_only:
+            return
+        try:
+            mount_api.make_read_only(self._mount)
+        except OSError as error:
+            # Somebody in another namespace writes, or the device fails.
+            if not self._sync_and_cut():
+                who = users.elsewhere(mount_api.number_of(self._node))
+                raise VolumeFailed(
+                    f"{self.spec.backing} can be neither made read-only ({error.strerror}; in use by {who})"
+                    f" nor shut down: {self._failure}"
+                ) from error
+
+    def _let_go(self) -> None:
+        if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
+            raise VolumeFailed("its filesystem hangs and does not even shut down")
+        root, mount, self._root, self._mount = self._root, self._mount, -1, -1
+        self._descriptors.release()
+        # The thread that would have shut it down sees that there is nothing left to shut.
+        self._ring.set()
+        for fd in (root, mount):
+            if fd >= 0:
+                os.close(fd)
+
+    def _prove(self) -> None:
+        spec = self.spec
+        earlier = self._remembered()
+        for node in {self._node, earlier} - {"", None}:
+            self._prove_unused(str(node))
+        if self._loop is not None:
+            os.close(self._loop.fd)
+        self._loop, self._node = None, ""
+        if earlier is not None and self._remembered() == earlier:
+            loops.release(earlier)
+        Path(spec.record).unlink(missing_ok=True)
+        try:
+            block = stat.S_ISBLK(os.stat(spec.backing).st_mode)
+        except OSError as error:
+            if error.errno in GONE:
+                # There is nothing at that path through which to write.
+                return
+            raise
+        if block:
+            self._prove_unused(spec.backing)
+        else:
+            # Where the loop device went through the page cache, its writes may still be there.
+            fd = os.open(spec.backing, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def _remembered(self) -> str | None:
+        return loops.remembered(Path(self.spec.record), self.spec.tag)
+
+    def _prove_unused(self, node: str) -> None:
+        until = time.monotonic() + _PROOF_SECONDS
+        while True:
+            try:
+                fd = _open_alone(node, read_only=False)
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() >= until:
+                    who = users.elsewhere(mount_api.number_of(node))
+                    raise VolumeFailed(
+                        f"{self.spec.backing} is unmounted here, and still in use by {who}"
+                    ) from error
+            time.sleep(_PAUSE)
+        try:
+            os.fsync(fd)
+        except OSError:
+            # A loop device whose last user has just gone has no image any more, and nothing to write.
+            if loops.in_use(node):
+                raise
+        finally:
+            os.close(fd)
+
+
+def _open_alone(node: str, *, read_only: bool) -> int:
+    """Open a block device as its only user on this host. Raises OSError, EBUSY if it has another."""
+    exclusive = os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC
+    if not read_only:
+        try:
+            return os.open(node, os.O_RDWR | exclusive)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+    return os.open(node, os.O_RDONLY | exclusive)
+
+
+def unfit(backing: str, fstype: str) -> str | None:
+    """None if `backing` has a filesystem of this type, else why not. Only reads."""
+    at, magic = {"ext4": (0x438, b"\x53\xef"), "xfs": (0, b"XFSB")}[fstype]
+    fd = os.open(backing, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.pread(fd, len(magic), at)
+    finally:
+        os.close(fd)
+    return None if found == magic else f"there is no {fstype} on {backing}"
