@@ -67,12 +67,7 @@ def create_device(
 
 
 def apply(
-    file: Annotated[
-        Path,
-        typer.Option(
-            "--file", "-f", help="Devices in YAML; - for stdin.", exists=True, dir_okay=False, allow_dash=True
-        ),
-    ],
+    file: Annotated[str, typer.Option("--file", "-f", metavar="FILE", help="Devices in YAML; - for stdin.")],
     *,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would change and whether it would be accepted.")
@@ -100,7 +95,7 @@ def apply(
     """
     from leasehold.client import applying, manifest  # noqa: PLC0415
 
-    entries = manifest.parse(_read(file), "stdin" if str(file) == "-" else str(file))
+    entries = manifest.parse(_read(file), "stdin" if file == "-" else file)
     steps = ask(coordinator, lambda leasehold: applying.plan(leasehold, entries))
     todo = [step for step in steps if step.verb]
     for step in todo:
@@ -185,13 +180,15 @@ def transfer(
     printer.show(found, printer.DEVICES, output)
 
 
-def _read(file: Path) -> str:
+def _read(file: str) -> str:
     from leasehold.client.errors import BadRequest  # noqa: PLC0415
 
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadRequest(f"{file} is not text in UTF-8: {error}", "BAD_FILE") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{file}: {error.strerror}", param_hint="--file") from error
 
 
 def _carry_out(coordinator: list[str] | None, steps: "list[Step]", *, validate_only: bool) -> None:
@@ -216,8 +213,12 @@ def _carry_out(coordinator: list[str] | None, steps: "list[Step]", *, validate_o
 
 
 def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
+    if not _is_person():
         raise typer.BadParameter("nobody can be asked here: give --yes, or --dry-run", param_hint="--yes")
     if not typer.confirm(question, err=True):
         say("nothing was changed")
         raise typer.Exit(exits.BROKEN)
+
+
+def _is_person() -> bool:
+    return sys.stdin.isatty()

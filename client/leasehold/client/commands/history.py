@@ -18,14 +18,15 @@ from leasehold.client.options import (
     say,
     seconds,
 )
+from leasehold.client.walltime import now
 
 if TYPE_CHECKING:
     from leasehold.client.connection import Leasehold
     from leasehold.v1 import history_pb2
 
 history = group(
-    "Who held what when: control changes in the order in which they were made. The oldest ones of each device "
-    'are forgotten in time; "history export" is for keeping them.',
+    "Who held what when: control changes in the order in which they were made. The oldest ones of each "
+    'device are forgotten in time; "history export" is for keeping them.',
     no_args_is_help=False,
     invoke_without_command=True,
     epilog=CODES,
@@ -117,7 +118,7 @@ def _moment(text: str) -> datetime:
         raise typer.BadParameter(
             f"{text!r} is no time: 90s, 5m, 2h or 7d ago, or 2026-01-31T12:00:00Z", param_hint="--since"
         ) from error
-    return datetime.now(UTC) - ago
+    return now() - ago
 
 
 def _later(
