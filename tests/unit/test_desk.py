@@ -9,9 +9,9 @@ import grpc
 import pytest
 
 from leasehold.coordinator.desk import LONGEST_WAIT, _the_same, asked, with_newcomer
-from leasehold.coordinator.devices import checked_spec
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.paging import DEFAULT_SIZE, LARGEST_SIZE, page
+from leasehold.coordinator.specs import checked_spec
 from leasehold.runtime.api import ApiError
 from leasehold.store.errors import Unavailable
 from leasehold.store.records import (

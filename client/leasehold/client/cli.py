@@ -3,40 +3,32 @@
 Only what reads the command line is loaded here; each command loads what it needs when it runs.
 """
 
-import asyncio
 import os
 import re
 import signal
-import sys
 import threading
-from collections.abc import Awaitable, Callable
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
 from leasehold.client import exits
+from leasehold.client.commands import describe, device, get, history, request, version
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
+from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
 from leasehold.client.process import DevFailed
 
 if TYPE_CHECKING:
     from leasehold.client.changes import Progress
     from leasehold.client.connection import Leasehold
 
-T = TypeVar("T")
-
 # gRPC's core writes to stderr that a connection was closed; what matters about that, we say ourselves. It
 # reads this when it is loaded, and whoever wants to see more has set it.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-
-class Form(StrEnum):
-    TABLE = "table"
-    JSON = "json"
 
 
 class _Group(typer.core.TyperGroup):
@@ -54,41 +46,29 @@ class _Group(typer.core.TyperGroup):
         except DevFailed as error:
             say(str(error))
             raise typer.Exit(exits.FAULT) from error
+        except KeyboardInterrupt as error:
+            # How one ends a watch; nothing that would need words.
+            raise typer.Exit(128 + signal.SIGINT) from error
 
 
-def _typer(text: str, **settings: Any) -> typer.Typer:
-    return typer.Typer(
-        help=text,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-        **settings,
-    )
-
-
-app = _typer(
+app = group(
     "Decides which one storage controller may use a shared storage device.",
     cls=_Group,
     epilog=exits.HELP,
-    add_completion=False,
 )
-get = _typer("Show what there is.")
-create = _typer("Make something known.")
-app.add_typer(get, name="get")
-app.add_typer(create, name="create")
+app.add_typer(get.get, name="get")
+app.add_typer(describe.describe, name="describe")
+app.add_typer(device.create, name="create")
+app.command(epilog=CODES)(device.apply)
+app.add_typer(device.delete, name="delete")
+app.command(epilog=CODES)(device.transfer)
+app.command(epilog=CODES)(request.request)
+app.command(epilog=CODES)(request.renew)
+app.command(epilog=CODES)(request.release)
+app.command(epilog=CODES)(request.cancel)
+app.add_typer(history.history, name="history")
+app.command(epilog=CODES)(version.version)
 
-Coordinators = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--coordinator",
-        "-c",
-        metavar="HOST:PORT",
-        help="Whom to ask; may be repeated. By default $LEASEHOLD_COORDINATORS, separated by commas.",
-        show_default=False,
-    ),
-]
-Output = Annotated[Form, typer.Option("--output", "-o", help="How to print it.")]
 Config = Annotated[
     Path,
     typer.Option("--config", help="Its configuration, TOML.", exists=True, dir_okay=False, readable=True),
@@ -101,153 +81,16 @@ Directory = Annotated[
 ]
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(f"leasehold: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the command line's own voice
-
-
-@get.command("devices")
-def get_devices(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.")] = "",
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Devices, and who holds them."""
-    from leasehold.client import output as printer  # noqa: PLC0415
-
-    found = _ask(coordinator, lambda leasehold: _one(leasehold.device(name)) if name else leasehold.devices())
-    printer.show(found, printer.DEVICES, output)
-
-
-@get.command("controllers")
-def get_controllers(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.")] = "",
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Controllers that are registered, and what they hold."""
-    from leasehold.client import output as printer  # noqa: PLC0415
-    from leasehold.client.errors import NotFound  # noqa: PLC0415
-
-    found = _ask(coordinator, lambda leasehold: leasehold.controllers())
-    if name:
-        found = [status for status in found if status.controller.controller == name]
-        if not found:
-            raise NotFound(f"no controller {name} is registered", "NO_CONTROLLER", {"controller": name})
-    printer.show(found, printer.CONTROLLERS, output)
-
-
-@get.command("requests")
-def get_requests(
-    name: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Only the one of this id.")] = "",
-    device: Annotated[str, typer.Option(help="Only those for this device.")] = "",
-    ended: Annotated[bool, typer.Option("--ended", help="Also those that are over.")] = False,
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Access requests, in the order of their arrival."""
-    from leasehold.client import output as printer  # noqa: PLC0415
-
-    found = _ask(
-        coordinator,
-        lambda leasehold: _one(leasehold.request(name)) if name else leasehold.requests(device, ended=ended),
-    )
-    printer.show(found, printer.REQUESTS, output)
-
-
-@get.command("history")
-def get_history(
-    device: Annotated[str, typer.Argument(metavar="[DEVICE]", help="Only of this one.")] = "",
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Control changes, by device."""
-    from leasehold.client import output as printer  # noqa: PLC0415
-
-    found = _ask(coordinator, lambda leasehold: leasehold.history(device))
-    printer.show(found, printer.HISTORY, output)
-
-
-@create.command("device")
-def create_device(
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
-    *,
-    driver: Annotated[str, typer.Option(help="What makes it usable.")] = "nbd",
-    backing: Annotated[Path | None, typer.Option(help="Same as -p backing=PATH, made absolute.")] = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY=VALUE", help="For the driver.")
-    ] = None,
-    controllers: Annotated[
-        str, typer.Option(help="Those that may hold it, best first, separated by commas. By default any.")
-    ] = "",
-    ttl: Annotated[int, typer.Option(help="Seconds its holder's lease lives; 0 for the default.", min=0)] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="A takeover waits a whole TTL longer.")] = False,
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Make a device known. The same once more is accepted."""
-    from leasehold.client import output as printer  # noqa: PLC0415
-
-    parameters = {}
-    for text in parameter or []:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="-p")
-        parameters[key] = value
-    if backing is not None:
-        parameters["backing"] = str(backing.absolute())
-    eligible = [name.strip() for name in controllers.split(",") if name.strip()]
-    found = _ask(
-        coordinator,
-        lambda leasehold: _one(
-            leasehold.create_device(device, driver, parameters, controllers=eligible, ttl=ttl, strict=strict)
-        ),
-    )
-    printer.show(found, printer.DEVICES, output)
-
-
-@app.command()
-def transfer(
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
-    *,
-    to: Annotated[str, typer.Option("--to", metavar="CONTROLLER", help="Who is to hold it.")],
-    reason: Annotated[str, typer.Option(help="For the history.")] = "",
-    wait: Annotated[str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h.")] = "60s",
-    output: Output = Form.TABLE,
-    coordinator: Coordinators = None,
-) -> None:
-    """Pass a device to another controller, and wait until that one serves it.
-
-    A client that has access keeps it, under another path.
-    """
-    from leasehold.client import output as printer  # noqa: PLC0415
-
-    limit = _seconds(wait, "--wait")
-    found = _ask(
-        coordinator,
-        lambda leasehold: _one(leasehold.transfer(device, to, reason=reason, timeout=limit)),
-    )
-    printer.show(found, printer.DEVICES, output)
-
-
 @app.command(epilog=exits.HELP)
 def run(
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its id.")],
+    device: DeviceName,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
-    via: Annotated[str, typer.Option(metavar="CONTROLLER", help="The only one to be served by.")] = "",
-    priority: Annotated[
-        int | None, typer.Option(help="Higher goes first; 50 if not given.", min=0, max=100)
-    ] = None,
-    wait: Annotated[
-        str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
-    ] = "",
-    request_id: Annotated[
-        str, typer.Option(metavar="ID", help="The id of the request. By default a new one.")
-    ] = "",
-    client: Annotated[
-        str, typer.Option(metavar="NAME", help="Who asks, for the history. By default user@host.")
-    ] = "",
+    via: request.Via = "",
+    priority: request.Priority = None,
+    wait: request.Wait = "",
+    request_id: request.RequestId = "",
+    client: request.Client = "",
     grace: Annotated[str, typer.Option(metavar="TIME", help="Between SIGTERM and SIGKILL.")] = "5s",
     coordinator: Coordinators = None,
 ) -> None:
@@ -260,8 +103,8 @@ def run(
     """
     from leasehold.client import run as runner  # noqa: PLC0415
 
-    limit = _seconds(wait, "--wait") if wait else None
-    patience = _seconds(grace, "--grace")
+    limit = seconds(wait, "--wait") if wait else None
+    patience = seconds(grace, "--grace")
 
     async def work(leasehold: "Leasehold") -> int:
         access = leasehold.access(
@@ -275,7 +118,7 @@ def run(
         )
         return await runner.run(access, command, say=say, grace=patience)
 
-    raise typer.Exit(_ask(coordinator, work))
+    raise typer.Exit(ask(coordinator, work))
 
 
 @app.command()
@@ -332,20 +175,6 @@ def main() -> None:
     app()
 
 
-def _ask(coordinators: list[str] | None, work: Callable[["Leasehold"], Awaitable[T]]) -> T:
-    from leasehold.client.connection import connect  # noqa: PLC0415
-
-    async def asked() -> T:
-        async with connect(*(coordinators or ())) as leasehold:
-            return await work(leasehold)
-
-    return asyncio.run(asked())
-
-
-async def _one(answer: Awaitable[T]) -> list[T]:
-    return [await answer]
-
-
 def _progress(device: str) -> "Callable[[Progress], None]":
     told = ""
 
@@ -359,13 +188,6 @@ def _progress(device: str) -> "Callable[[Progress], None]":
         told = line
 
     return tell
-
-
-def _seconds(text: str, option: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no time: 90, 90s, 5m or 2h", param_hint=option)
-    return float(match[1]) * {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _bytes(text: str) -> int:

@@ -81,17 +81,38 @@ class Leasehold:
         request: its id, by which a later process finds the same request again; by default a new one.
         progress: called with the reason of every wait, from the event loop.
         """
-        spec = access_pb2.AccessSpec(
-            device=device,
-            client=client or default_client(),
-            mode=records_pb2.ACCESS_MODE_EXCLUSIVE,
-            controller=controller,
-            wait_seconds=wait_seconds(wait),
-        )
-        if priority is not None:
-            spec.priority = priority
+        spec = _access_spec(device, priority, controller, wait, client)
         asked = access_pb2.RequestAccessRequest(request_id=request or secrets.token_hex(8), spec=spec)
         return Access(self, asked, wait, progress)
+
+    async def submit(
+        self,
+        device: str,
+        *,
+        priority: int | None = None,
+        controller: str = "",
+        wait: float | None = None,
+        client: str = "",
+        request: str = "",
+    ) -> access_pb2.AccessStatus:
+        """Ask for `device` without waiting for it. The arguments are those of `access`.
+
+        For a client that looks again with `request`: it has to `renew` within the access TTL that the answer
+        names, granted or not, and ends with `release`.
+        """
+        asked = access_pb2.SubmitAccessRequest(
+            request_id=request or secrets.token_hex(8),
+            spec=_access_spec(device, priority, controller, wait, client),
+        )
+        answer: access_pb2.SubmitAccessResponse = await self._ask(stubs.access, "SubmitAccess", asked)
+        return answer.status
+
+    async def renew(self, request: str) -> access_pb2.AccessStatus:
+        """Say that the client of a request is still there. Raises `Refused` once the request is over."""
+        answer: access_pb2.RenewAccessResponse = await self._ask(
+            stubs.access, "RenewAccess", access_pb2.RenewAccessRequest(request_id=request)
+        )
+        return answer.status
 
     async def devices(self) -> list[devices_pb2.DeviceStatus]:
         """All devices, by id, and who holds them."""
@@ -113,24 +134,42 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        validate_only: bool = False,
     ) -> devices_pb2.DeviceStatus:
         """Make `device` known; the same once more is accepted. Raises `Conflict` if the id is taken.
 
         controllers: those that may hold it, most preferred first; none means any that has the driver.
         ttl: seconds its holder's lease lives; 0 means the default.
         strict: a takeover waits a whole TTL longer.
+        validate_only: only find out whether it would be accepted.
         """
-        spec = records_pb2.Device(
-            version=1,
-            device=device,
-            driver=driver,
-            parameters=dict(parameters or {}),
-            controllers=controllers,
-            ttl_seconds=ttl,
-            takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
-        )
-        request = devices_pb2.CreateDeviceRequest(device=spec)
+        spec = _device_spec(device, driver, parameters, controllers, ttl, strict=strict)
+        request = devices_pb2.CreateDeviceRequest(device=spec, validate_only=validate_only)
         answer: devices_pb2.CreateDeviceResponse = await self._ask(stubs.devices, "CreateDevice", request)
+        return answer.status
+
+    async def update_device(
+        self,
+        device: str,
+        driver: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        controllers: Sequence[str] = (),
+        ttl: int = 0,
+        strict: bool = False,
+        etag: str = "",
+        validate_only: bool = False,
+    ) -> devices_pb2.DeviceStatus:
+        """Replace what is said of `device`. The arguments are those of `create_device`, and
+
+        etag: from the `DeviceStatus` that the change is based on; empty for whatever stands.
+
+        Raises `NotFound`; `Refused` if another change came first, or one of driver, parameters and
+        controllers can not change while the device is held: `reason` is ETAG_CHANGED or NOT_UPDATED.
+        """
+        spec = _device_spec(device, driver, parameters, controllers, ttl, strict=strict)
+        request = devices_pb2.UpdateDeviceRequest(device=spec, etag=etag, validate_only=validate_only)
+        answer: devices_pb2.UpdateDeviceResponse = await self._ask(stubs.devices, "UpdateDevice", request)
         return answer.status
 
     async def delete_device(self, device: str) -> None:
@@ -169,6 +208,11 @@ class Leasehold:
         request = controllers_pb2.ListControllersRequest(page_size=_PAGE)
         return await self._all(stubs.controllers, "ListControllers", request, "statuses")
 
+    async def coordinators(self) -> list[records_pb2.Coordinator]:
+        """All coordinators that are registered, by name."""
+        request = controllers_pb2.ListCoordinatorsRequest(page_size=_PAGE)
+        return await self._all(stubs.coordinators, "ListCoordinators", request, "coordinators")
+
     async def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
         """Access requests in the order of their arrival, for one device or all; `ended` ones too."""
         request = access_pb2.ListAccessRequest(device=device, ended=ended, page_size=_PAGE)
@@ -204,6 +248,27 @@ class Leasehold:
         request = history_pb2.ListControlChangesRequest(device=device, page_size=_PAGE)
         return await self._all(stubs.history, "ListControlChanges", request, "changes")
 
+    async def changes(
+        self, device: str = "", *, after: int = 0
+    ) -> tuple[list[history_pb2.RecordedChange], int]:
+        """Control changes made after the etcd revision `after`, in the order in which they were made, and the
+        revision up to which they are complete: the `after` of the next call.
+        """
+        request = history_pb2.ListControlChangesRequest(device=device, page_size=_PAGE, after_revision=after)
+        found: list[history_pb2.RecordedChange] = []
+        until = 0
+        async with self:
+            while True:
+                answer: history_pb2.ListControlChangesResponse = await self._ask(
+                    stubs.history, "ListControlChanges", request
+                )
+                # Later pages are read later, and may show what came after something that earlier ones miss.
+                until = until or answer.revision
+                found.extend(change for change in answer.changes if change.revision <= until)
+                if not answer.next_page_token:
+                    return sorted(found, key=lambda change: change.revision), until
+                request.page_token = answer.next_page_token
+
     async def _ask(self, service: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
         async def attempt(channel: grpc.aio.Channel, limit: float) -> Any:
             return await getattr(service(channel), method)(request, timeout=limit)
@@ -222,6 +287,41 @@ class Leasehold:
                 if not answer.next_page_token:
                     return found
                 request.page_token = answer.next_page_token
+
+
+def _access_spec(
+    device: str, priority: int | None, controller: str, wait: float | None, client: str
+) -> access_pb2.AccessSpec:
+    spec = access_pb2.AccessSpec(
+        device=device,
+        client=client or default_client(),
+        mode=records_pb2.ACCESS_MODE_EXCLUSIVE,
+        controller=controller,
+        wait_seconds=wait_seconds(wait),
+    )
+    if priority is not None:
+        spec.priority = priority
+    return spec
+
+
+def _device_spec(
+    device: str,
+    driver: str,
+    parameters: Mapping[str, str] | None,
+    controllers: Sequence[str],
+    ttl: int,
+    *,
+    strict: bool,
+) -> records_pb2.Device:
+    return records_pb2.Device(
+        version=1,
+        device=device,
+        driver=driver,
+        parameters=dict(parameters or {}),
+        controllers=controllers,
+        ttl_seconds=ttl,
+        takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
+    )
 
 
 def default_client() -> str:

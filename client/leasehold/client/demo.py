@@ -167,7 +167,7 @@ class _Demo:
         for name in shown:
             table.add_column(name, overflow="fold")
         for change in changes:
-            table.add_row(*(HISTORY[name](change) for name in shown))
+            table.add_row(*(HISTORY.columns[name](change) for name in shown))
         self._console.print(table)
         numbers = [recorded.change.number for recorded in changes]
         self._promise(numbers == list(range(1, len(numbers) + 1)), "the history has no gap")

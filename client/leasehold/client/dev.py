@@ -199,6 +199,9 @@ class DevCluster:
             try:
                 devices_pb2_grpc.DeviceServiceStub(channel).CreateDevice(request, timeout=10)
             except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.ALREADY_EXISTS:
+                    # The directory was used before, and somebody has changed the device since.
+                    return
                 raise DevFailed(f"device {device} was not created: {error}") from error
 
     def instructions(self) -> list[str]:

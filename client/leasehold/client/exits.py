@@ -27,7 +27,7 @@ NO_COMMAND = 127
 HELP = """\b
 Exit codes:
     0  done
-    1  a promise was broken (demo)
+    1  a promise was broken (demo), the answer was no (apply)
     2  wrong usage
    65  the request can not be done as asked
    66  no such device, controller or request

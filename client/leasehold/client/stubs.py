@@ -11,7 +11,7 @@ from leasehold.v1 import access_pb2_grpc, controllers_pb2_grpc, devices_pb2_grpc
 
 if TYPE_CHECKING:
     from leasehold.v1.access_pb2_grpc import AccessServiceAsyncStub
-    from leasehold.v1.controllers_pb2_grpc import ControllerServiceAsyncStub
+    from leasehold.v1.controllers_pb2_grpc import ControllerServiceAsyncStub, CoordinatorServiceAsyncStub
     from leasehold.v1.devices_pb2_grpc import DeviceServiceAsyncStub
     from leasehold.v1.history_pb2_grpc import HistoryServiceAsyncStub
 
@@ -22,6 +22,10 @@ def access(channel: grpc.aio.Channel) -> "AccessServiceAsyncStub":
 
 def controllers(channel: grpc.aio.Channel) -> "ControllerServiceAsyncStub":
     return cast("ControllerServiceAsyncStub", controllers_pb2_grpc.ControllerServiceStub(channel))
+
+
+def coordinators(channel: grpc.aio.Channel) -> "CoordinatorServiceAsyncStub":
+    return cast("CoordinatorServiceAsyncStub", controllers_pb2_grpc.CoordinatorServiceStub(channel))
 
 
 def devices(channel: grpc.aio.Channel) -> "DeviceServiceAsyncStub":

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 from leasehold.client import access as asynchronous
 from leasehold.client import connection
 from leasehold.client.changes import Change, Progress
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
 
 __all__ = ["Access", "Leasehold", "connect"]
 
@@ -87,6 +87,24 @@ class Leasehold:
         )
         return Access(self, inner)
 
+    def submit(
+        self,
+        device: str,
+        *,
+        priority: int | None = None,
+        controller: str = "",
+        wait: float | None = None,
+        client: str = "",
+        request: str = "",
+    ) -> access_pb2.AccessStatus:
+        submitted = self._inner.submit(
+            device, priority=priority, controller=controller, wait=wait, client=client, request=request
+        )
+        return self.wait(submitted)
+
+    def renew(self, request: str) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.renew(request))
+
     def devices(self) -> list[devices_pb2.DeviceStatus]:
         return self.wait(self._inner.devices())
 
@@ -102,11 +120,42 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        validate_only: bool = False,
     ) -> devices_pb2.DeviceStatus:
         made = self._inner.create_device(
-            device, driver, parameters, controllers=controllers, ttl=ttl, strict=strict
+            device,
+            driver,
+            parameters,
+            controllers=controllers,
+            ttl=ttl,
+            strict=strict,
+            validate_only=validate_only,
         )
         return self.wait(made)
+
+    def update_device(
+        self,
+        device: str,
+        driver: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        controllers: Sequence[str] = (),
+        ttl: int = 0,
+        strict: bool = False,
+        etag: str = "",
+        validate_only: bool = False,
+    ) -> devices_pb2.DeviceStatus:
+        updated = self._inner.update_device(
+            device,
+            driver,
+            parameters,
+            controllers=controllers,
+            ttl=ttl,
+            strict=strict,
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self.wait(updated)
 
     def delete_device(self, device: str) -> None:
         self.wait(self._inner.delete_device(device))
@@ -118,6 +167,9 @@ class Leasehold:
 
     def controllers(self) -> list[controllers_pb2.ControllerStatus]:
         return self.wait(self._inner.controllers())
+
+    def coordinators(self) -> list[records_pb2.Coordinator]:
+        return self.wait(self._inner.coordinators())
 
     def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
         return self.wait(self._inner.requests(device, ended=ended))
@@ -133,6 +185,9 @@ class Leasehold:
 
     def history(self, device: str = "") -> list[history_pb2.RecordedChange]:
         return self.wait(self._inner.history(device))
+
+    def changes(self, device: str = "", *, after: int = 0) -> tuple[list[history_pb2.RecordedChange], int]:
+        return self.wait(self._inner.changes(device, after=after))
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` in the background thread and wait for it. Ctrl-C here cancels it there."""

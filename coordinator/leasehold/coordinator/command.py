@@ -15,7 +15,7 @@ from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.devices import DeviceService
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.lists import ControllerService, HistoryService
+from leasehold.coordinator.lists import ControllerService, CoordinatorService, HistoryService
 from leasehold.coordinator.loop import Loop
 from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
@@ -35,8 +35,7 @@ _log = logging.getLogger(__name__)
 DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
 
 SERVICES = tuple(
-    f"leasehold.v1.{name}"
-    for name in ("AccessService", "DeviceService", "ControllerService", "HistoryService")
+    f"leasehold.v1.{name}Service" for name in ("Access", "Device", "Controller", "Coordinator", "History")
 )
 GRACE = 1.0
 """Seconds that calls under way have to end once the coordinator stops. Streams do not end by themselves, and
@@ -106,6 +105,9 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(cluster, ledger, leases), add)
         devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger), add)
         controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
+        controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+            CoordinatorService(cluster, ledger), add
+        )
         history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(cluster, ledger), add)
         registration = _Registration(config, ledger.kv, keeper)
         try:

@@ -18,7 +18,7 @@ from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.placement import can_ever_serve
 from leasehold.coordinator.planner import Assign, Direct, Give, plan
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.runtime.api import ApiError
+from leasehold.runtime.api import ApiError, require
 from leasehold.store import requests
 from leasehold.store.codec import Stored, decode
 from leasehold.store.errors import OutcomeUnknown
@@ -54,15 +54,15 @@ def asked(request_id: str, spec: access_pb2.AccessSpec) -> AccessRequest:
     check_id("device", spec.device)
     if spec.controller:
         check_id("controller", spec.controller)
-    _require(len(spec.client) <= LONGEST_CLIENT and spec.client.isprintable(), "client", "a printable name")
-    _require(
+    require(len(spec.client) <= LONGEST_CLIENT and spec.client.isprintable(), "client", "a printable name")
+    require(
         spec.mode in (records_pb2.ACCESS_MODE_UNSPECIFIED, records_pb2.ACCESS_MODE_EXCLUSIVE),
         "mode",
         "EXCLUSIVE, the only mode there is",
     )
     priority = spec.priority if spec.HasField("priority") else DEFAULT_PRIORITY
-    _require(0 <= priority <= 100, "priority", "from 0 to 100")
-    _require(0 <= spec.wait_seconds <= LONGEST_WAIT, "wait_seconds", f"from 0 to {LONGEST_WAIT}")
+    require(0 <= priority <= 100, "priority", "from 0 to 100")
+    require(0 <= spec.wait_seconds <= LONGEST_WAIT, "wait_seconds", f"from 0 to {LONGEST_WAIT}")
     return AccessRequest(
         request=RequestId(request_id),
         client=spec.client,
@@ -73,13 +73,6 @@ def asked(request_id: str, spec: access_pb2.AccessSpec) -> AccessRequest:
         wait_seconds=spec.wait_seconds,
         state=RequestState.PENDING,
     )
-
-
-def _require(holds: bool, field: str, wanted: str) -> None:
-    if not holds:
-        raise ApiError(
-            grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", f"{field} must be {wanted}", field=field
-        )
 
 
 class Desk:

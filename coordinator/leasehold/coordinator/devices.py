@@ -1,7 +1,6 @@
 """DeviceService: what operators say of devices, and the transfers they order."""
 
 import asyncio
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -14,23 +13,16 @@ from leasehold.coordinator.messages import device_status
 from leasehold.coordinator.paging import page
 from leasehold.coordinator.placement import refusal
 from leasehold.coordinator.reading import Reader
+from leasehold.coordinator.specs import Specs, checked_spec
 from leasehold.coordinator.view import DeviceView
-from leasehold.runtime.api import ApiError, answering
+from leasehold.runtime.api import ApiError, answering, require
 from leasehold.store import ownership
-from leasehold.store.codec import decode, encode, from_message
-from leasehold.store.kv import absent, delete, empty, get, present, put, unchanged
+from leasehold.store.kv import present
 from leasehold.store.ownership import NotPossible
-from leasehold.store.records import VERSION, ControllerId, Device, DeviceId, HolderState, check_id
-from leasehold.store.transaction import Applied, Transaction, new_change_id
-from leasehold.v1 import devices_pb2, devices_pb2_grpc, records_pb2
+from leasehold.store.records import ControllerId, DeviceId, HolderState, check_id
+from leasehold.store.transaction import Applied
+from leasehold.v1 import devices_pb2, devices_pb2_grpc
 
-_log = logging.getLogger(__name__)
-
-LEAST_TTL = 2
-LONGEST_TTL = 600
-LONGEST_PARAMETER = 4096
-MOST_PARAMETERS = 64
-MOST_CONTROLLERS = 256
 LONGEST_REASON = 200
 TRANSFER_TIMEOUT = 60.0
 """Seconds that a transfer may take when its caller sets no deadline."""
@@ -45,11 +37,12 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         self._cluster = cluster
         self._ledger = ledger
         self._reader = Reader(ledger.kv, cluster)
+        self._specs = Specs(ledger, self._reader)
 
     async def CreateDevice(self, request: devices_pb2.CreateDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.CreateDeviceResponse:
             spec = checked_spec(request.device)
-            await self._create(spec)
+            await self._specs.create(spec, validate_only=request.validate_only)
             return devices_pb2.CreateDeviceResponse(
                 status=device_status(await self._reader.device(spec.device))
             )
@@ -74,9 +67,19 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
 
         return await answering(context, handle)
 
+    async def UpdateDevice(self, request: devices_pb2.UpdateDeviceRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.UpdateDeviceResponse:
+            spec = checked_spec(request.device)
+            await self._specs.update(spec, request.etag, validate_only=request.validate_only)
+            return devices_pb2.UpdateDeviceResponse(
+                status=device_status(await self._reader.device(spec.device))
+            )
+
+        return await answering(context, handle)
+
     async def DeleteDevice(self, request: devices_pb2.DeleteDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.DeleteDeviceResponse:
-            await self._delete(await self._known(request.device))
+            await self._specs.delete(await self._known(request.device))
             return devices_pb2.DeleteDeviceResponse()
 
         return await answering(context, handle)
@@ -85,7 +88,7 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         async def handle() -> devices_pb2.TransferDeviceResponse:
             view = await self._known(request.device)
             target = ControllerId(check_id("controller", request.controller))
-            _require(request.reason.isprintable(), "reason", "printable")
+            require(request.reason.isprintable(), "reason", "printable")
             reason = request.reason[:LONGEST_REASON] or "an operator ordered it"
             await self._caught_up(view)
             left = context.time_remaining()
@@ -108,68 +111,6 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         records = (view.state.spec, view.state.epochs, view.state.holder)
         latest = max((record.mod_revision for record in records if record), default=0)
         await self._cluster.reached(latest, CATCH_UP)
-
-    async def _create(self, spec: Device) -> None:
-        keys = self._ledger.keys
-        key = keys.device(spec.device)
-        transaction = Transaction(
-            # Two callers that create the same device are both right, so any proof that it stands will do.
-            change=new_change_id(),
-            proof_key=key,
-            compares=(absent(key),),
-            operations=(put(key, encode(spec)),),
-        )
-        outcome = await self._ledger.commit(transaction, (get(key),))
-        if isinstance(outcome, Applied):
-            _log.info("device %s created, driver %s", spec.device, spec.driver)
-            return
-        stands = decode(Device, outcome.ranges[0][0]).value
-        if stands != spec:
-            raise ApiError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                "DEVICE_EXISTS",
-                f"device {spec.device} exists already with another spec: "
-                "delete it first, or choose another id",
-                device=spec.device,
-            )
-
-    async def _delete(self, view: DeviceView) -> None:
-        state = view.state
-        if state.unreadable:
-            wrong = state.unreadable
-        elif state.holder:
-            wrong = f"{state.holder.value.controller} holds it in epoch {state.holder.value.epoch}"
-        elif state.unreleased:
-            wrong = f"epoch {state.unreleased[-1].epoch} is not proved to be over"
-        elif view.queue or state.grants:
-            wrong = "clients ask for it or have access"
-        elif state.spec is None:
-            raise no_device(view.device)
-        else:
-            wrong = ""
-        refused = ApiError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "DEVICE_IN_USE",
-            f"device {view.device} can not be deleted: {wrong or 'it came into use meanwhile'}",
-            device=view.device,
-        )
-        if wrong or state.spec is None:
-            raise refused
-        keys = self._ledger.keys
-        outcome = await self._ledger.kv.txn(
-            (
-                unchanged(state.spec.key, state.spec.mod_revision),
-                absent(keys.holder(view.device)),
-                empty(keys.queue(view.device)),
-                empty(keys.grants(view.device)),
-                *((unchanged(state.epochs.key, state.epochs.mod_revision),) if state.epochs else ()),
-            ),
-            # The record of its epochs stays: a device of this id must never repeat one.
-            (delete(state.spec.key),),
-        )
-        if not outcome.succeeded:
-            raise refused
-        _log.info("device %s deleted", view.device)
 
     async def _transfer(self, device: DeviceId, target: ControllerId, reason: str, timeout: float) -> None:
         moves = 0
@@ -241,41 +182,3 @@ async def _next(subscription: Subscription) -> None:
 def _serves(view: DeviceView, target: ControllerId) -> bool:
     holder = view.state.holder.value if view.state.holder else None
     return holder is not None and holder.controller == target and holder.state is HolderState.ACTIVE
-
-
-def checked_spec(message: records_pb2.Device) -> Device:
-    """The spec an operator gives, checked field by field. Raises `InvalidId` and `ApiError`."""
-    check_id("device", message.device)
-    check_id("driver", message.driver)
-    _require(len(message.controllers) <= MOST_CONTROLLERS, "controllers", f"at most {MOST_CONTROLLERS}")
-    for controller in message.controllers:
-        check_id("controller", controller)
-    _require(len(set(message.controllers)) == len(message.controllers), "controllers", "named once each")
-    _require(len(message.parameters) <= MOST_PARAMETERS, "parameters", f"at most {MOST_PARAMETERS}")
-    for name, value in message.parameters.items():
-        check_id("parameter", name)
-        _require(
-            len(value) <= LONGEST_PARAMETER and value.isprintable(),
-            f"parameters.{name}",
-            f"printable and at most {LONGEST_PARAMETER} characters",
-        )
-    ttl = message.ttl_seconds
-    _require(
-        ttl == 0 or LEAST_TTL <= ttl <= LONGEST_TTL,
-        "ttl_seconds",
-        f"0 for the default, or from {LEAST_TTL} to {LONGEST_TTL}",
-    )
-    _require(message.version in (0, VERSION), "version", str(VERSION))
-    known = records_pb2.TakeoverPolicy.values()
-    _require(message.takeover in known, "takeover", "HOLD_OFF or STRICT")
-    complete = records_pb2.Device()
-    complete.CopyFrom(message)
-    complete.version = VERSION
-    return from_message(Device, complete)
-
-
-def _require(holds: bool, field: str, wanted: str) -> None:
-    if not holds:
-        raise ApiError(
-            grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", f"{field} must be {wanted}", field=field
-        )

@@ -1,5 +1,6 @@
-"""ControllerService and HistoryService: what can only be looked at."""
+"""ControllerService, CoordinatorService and HistoryService: what can only be looked at."""
 
+import logging
 from collections import defaultdict
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from leasehold.coordinator.reading import Reader
 from leasehold.runtime.api import answering
 from leasehold.store.codec import Unreadable, decode, to_message
 from leasehold.store.kv import KeyValue
-from leasehold.store.records import ControlChange, ControllerId, DeviceId, check_id
+from leasehold.store.records import ControlChange, ControllerId, Coordinator, DeviceId, check_id
 from leasehold.v1 import (
     controllers_pb2,
     controllers_pb2_grpc,
@@ -18,6 +19,8 @@ from leasehold.v1 import (
     history_pb2_grpc,
     records_pb2,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
@@ -51,6 +54,35 @@ class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
         return await answering(context, handle)
 
 
+class CoordinatorService(controllers_pb2_grpc.CoordinatorServiceServicer):
+    """See `leasehold.v1.CoordinatorService`."""
+
+    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
+        self._keys = cluster.keys
+        self._kv = ledger.kv
+
+    async def ListCoordinators(  # noqa: N802
+        self, request: controllers_pb2.ListCoordinatorsRequest, context: Any
+    ) -> Any:
+        async def handle() -> controllers_pb2.ListCoordinatorsResponse:
+            snapshot = await self._kv.get_prefix(self._keys.coordinators)
+            chosen, token = page(snapshot.items, lambda item: item.key, request.page_size, request.page_token)
+            return controllers_pb2.ListCoordinatorsResponse(
+                coordinators=[_coordinator(item) for item in chosen], next_page_token=token
+            )
+
+        return await answering(context, handle)
+
+
+def _coordinator(item: KeyValue) -> records_pb2.Coordinator:
+    """A registration; of one that can not be understood, its name."""
+    try:
+        return cast("records_pb2.Coordinator", to_message(decode(Coordinator, item).value))
+    except Unreadable as error:
+        _log.error("%s", error)
+        return records_pb2.Coordinator(coordinator=item.key.rpartition("/")[2])
+
+
 class HistoryService(history_pb2_grpc.HistoryServiceServicer):
     """See `leasehold.v1.HistoryService`."""
 
@@ -68,9 +100,12 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
             else:
                 prefix = self._keys.all_history
             snapshot = await self._kv.get_prefix(prefix)
-            chosen, token = page(snapshot.items, lambda item: item.key, request.page_size, request.page_token)
+            later = [item for item in snapshot.items if item.mod_revision > request.after_revision]
+            chosen, token = page(later, lambda item: item.key, request.page_size, request.page_token)
             changes = [recorded(item) for item in chosen]
-            return history_pb2.ListControlChangesResponse(changes=changes, next_page_token=token)
+            return history_pb2.ListControlChangesResponse(
+                changes=changes, next_page_token=token, revision=snapshot.revision
+            )
 
         return await answering(context, handle)
 

@@ -74,6 +74,7 @@ def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
         queued=len(view.queue), reason=plan(view).reason, revision=state.revision
     )
     if state.spec:
+        status.etag = str(state.spec.mod_revision)
         status.device.CopyFrom(cast("records_pb2.Device", to_message(state.spec.value)))
     if state.holder:
         status.holder.CopyFrom(cast("records_pb2.Holder", to_message(state.holder.value)))

@@ -85,3 +85,49 @@ class ListControllersResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "statuses", b"statuses"]) -> None: ...
 
 global___ListControllersResponse = ListControllersResponse
+
+@typing.final
+class ListCoordinatorsRequest(google.protobuf.message.Message):
+    """See CoordinatorService.ListCoordinators."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most so many; 0 means 100."""
+    page_token: builtins.str
+    """From an earlier answer."""
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+
+global___ListCoordinatorsRequest = ListCoordinatorsRequest
+
+@typing.final
+class ListCoordinatorsResponse(google.protobuf.message.Message):
+    """See CoordinatorService.ListCoordinators."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COORDINATORS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Set if there are more."""
+    @property
+    def coordinators(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Coordinator]:
+        """The coordinators."""
+
+    def __init__(
+        self,
+        *,
+        coordinators: collections.abc.Iterable[leasehold.v1.records_pb2.Coordinator] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["coordinators", b"coordinators", "next_page_token", b"next_page_token"]) -> None: ...
+
+global___ListCoordinatorsResponse = ListCoordinatorsResponse

@@ -99,3 +99,79 @@ class ControllerService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class CoordinatorServiceStub(object):
+    """Coordinators.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListCoordinators = channel.unary_unary(
+                '/leasehold.v1.CoordinatorService/ListCoordinators',
+                request_serializer=leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsRequest.SerializeToString,
+                response_deserializer=leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsResponse.FromString,
+                _registered_method=True)
+
+
+class CoordinatorServiceServicer(object):
+    """Coordinators.
+    """
+
+    def ListCoordinators(self, request, context):
+        """Lists coordinators, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_CoordinatorServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListCoordinators': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCoordinators,
+                    request_deserializer=leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsRequest.FromString,
+                    response_serializer=leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'leasehold.v1.CoordinatorService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('leasehold.v1.CoordinatorService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class CoordinatorService(object):
+    """Coordinators.
+    """
+
+    @staticmethod
+    def ListCoordinators(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.CoordinatorService/ListCoordinators',
+            leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsRequest.SerializeToString,
+            leasehold_dot_v1_dot_controllers__pb2.ListCoordinatorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

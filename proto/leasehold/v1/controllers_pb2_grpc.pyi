@@ -48,3 +48,35 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         """Lists controllers, by name."""
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+
+class CoordinatorServiceStub:
+    """Coordinators."""
+
+    def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
+    ListCoordinators: grpc.UnaryUnaryMultiCallable[
+        leasehold.v1.controllers_pb2.ListCoordinatorsRequest,
+        leasehold.v1.controllers_pb2.ListCoordinatorsResponse,
+    ]
+    """Lists coordinators, by name."""
+
+class CoordinatorServiceAsyncStub:
+    """Coordinators."""
+
+    ListCoordinators: grpc.aio.UnaryUnaryMultiCallable[
+        leasehold.v1.controllers_pb2.ListCoordinatorsRequest,
+        leasehold.v1.controllers_pb2.ListCoordinatorsResponse,
+    ]
+    """Lists coordinators, by name."""
+
+class CoordinatorServiceServicer(metaclass=abc.ABCMeta):
+    """Coordinators."""
+
+    @abc.abstractmethod
+    def ListCoordinators(
+        self,
+        request: leasehold.v1.controllers_pb2.ListCoordinatorsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[leasehold.v1.controllers_pb2.ListCoordinatorsResponse, collections.abc.Awaitable[leasehold.v1.controllers_pb2.ListCoordinatorsResponse]]:
+        """Lists coordinators, by name."""
+
+def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -26,12 +26,15 @@ class DeviceStatus(google.protobuf.message.Message):
     GRANTS_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
     queued: builtins.int
     """How many requests wait for it."""
     reason: builtins.str
     """Why it stands as it does, in a sentence."""
     revision: builtins.int
     """The etcd revision at which all this was so."""
+    etag: builtins.str
+    """Stands for the spec: another one has another. Empty when there is no spec."""
     @property
     def device(self) -> leasehold.v1.records_pb2.Device:
         """What the operator says of it."""
@@ -58,9 +61,10 @@ class DeviceStatus(google.protobuf.message.Message):
         grants: collections.abc.Iterable[leasehold.v1.records_pb2.Grant] | None = ...,
         reason: builtins.str = ...,
         revision: builtins.int = ...,
+        etag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "holder", b"holder"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "grants", b"grants", "holder", b"holder", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
 
 global___DeviceStatus = DeviceStatus
 
@@ -71,6 +75,9 @@ class CreateDeviceRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DEVICE_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    validate_only: builtins.bool
+    """Only find out whether it would be accepted."""
     @property
     def device(self) -> leasehold.v1.records_pb2.Device:
         """The device."""
@@ -79,9 +86,10 @@ class CreateDeviceRequest(google.protobuf.message.Message):
         self,
         *,
         device: leasehold.v1.records_pb2.Device | None = ...,
+        validate_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "validate_only", b"validate_only"]) -> None: ...
 
 global___CreateDeviceRequest = CreateDeviceRequest
 
@@ -190,6 +198,56 @@ class ListDevicesResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "statuses", b"statuses"]) -> None: ...
 
 global___ListDevicesResponse = ListDevicesResponse
+
+@typing.final
+class UpdateDeviceRequest(google.protobuf.message.Message):
+    """See DeviceService.UpdateDevice."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    etag: builtins.str
+    """From the DeviceStatus that the change is based on; empty means whatever stands."""
+    validate_only: builtins.bool
+    """Only find out whether it would be accepted."""
+    @property
+    def device(self) -> leasehold.v1.records_pb2.Device:
+        """The device as it shall be: a field that is unset gets its default."""
+
+    def __init__(
+        self,
+        *,
+        device: leasehold.v1.records_pb2.Device | None = ...,
+        etag: builtins.str = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["device", b"device"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "etag", b"etag", "validate_only", b"validate_only"]) -> None: ...
+
+global___UpdateDeviceRequest = UpdateDeviceRequest
+
+@typing.final
+class UpdateDeviceResponse(google.protobuf.message.Message):
+    """See DeviceService.UpdateDevice."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: builtins.int
+    @property
+    def status(self) -> global___DeviceStatus:
+        """The device as it stands."""
+
+    def __init__(
+        self,
+        *,
+        status: global___DeviceStatus | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
+
+global___UpdateDeviceResponse = UpdateDeviceResponse
 
 @typing.final
 class DeleteDeviceRequest(google.protobuf.message.Message):

@@ -50,6 +50,11 @@ class DeviceServiceStub(object):
                 request_serializer=leasehold_dot_v1_dot_devices__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=leasehold_dot_v1_dot_devices__pb2.ListDevicesResponse.FromString,
                 _registered_method=True)
+        self.UpdateDevice = channel.unary_unary(
+                '/leasehold.v1.DeviceService/UpdateDevice',
+                request_serializer=leasehold_dot_v1_dot_devices__pb2.UpdateDeviceRequest.SerializeToString,
+                response_deserializer=leasehold_dot_v1_dot_devices__pb2.UpdateDeviceResponse.FromString,
+                _registered_method=True)
         self.DeleteDevice = channel.unary_unary(
                 '/leasehold.v1.DeviceService/DeleteDevice',
                 request_serializer=leasehold_dot_v1_dot_devices__pb2.DeleteDeviceRequest.SerializeToString,
@@ -87,6 +92,16 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateDevice(self, request, context):
+        """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
+        accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
+        and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
+        make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDevice(self, request, context):
         """Removes a device's spec. FAILED_PRECONDITION while it is held, unreleased or asked for.
         """
@@ -119,6 +134,11 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=leasehold_dot_v1_dot_devices__pb2.ListDevicesRequest.FromString,
                     response_serializer=leasehold_dot_v1_dot_devices__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'UpdateDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDevice,
+                    request_deserializer=leasehold_dot_v1_dot_devices__pb2.UpdateDeviceRequest.FromString,
+                    response_serializer=leasehold_dot_v1_dot_devices__pb2.UpdateDeviceResponse.SerializeToString,
             ),
             'DeleteDevice': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDevice,
@@ -213,6 +233,33 @@ class DeviceService(object):
             '/leasehold.v1.DeviceService/ListDevices',
             leasehold_dot_v1_dot_devices__pb2.ListDevicesRequest.SerializeToString,
             leasehold_dot_v1_dot_devices__pb2.ListDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.DeviceService/UpdateDevice',
+            leasehold_dot_v1_dot_devices__pb2.UpdateDeviceRequest.SerializeToString,
+            leasehold_dot_v1_dot_devices__pb2.UpdateDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,16 @@ class DeviceServiceStub:
     ]
     """Lists devices, by id."""
 
+    UpdateDevice: grpc.UnaryUnaryMultiCallable[
+        leasehold.v1.devices_pb2.UpdateDeviceRequest,
+        leasehold.v1.devices_pb2.UpdateDeviceResponse,
+    ]
+    """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
+    accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
+    and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
+    make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+    """
+
     DeleteDevice: grpc.UnaryUnaryMultiCallable[
         leasehold.v1.devices_pb2.DeleteDeviceRequest,
         leasehold.v1.devices_pb2.DeleteDeviceResponse,
@@ -73,6 +83,16 @@ class DeviceServiceAsyncStub:
         leasehold.v1.devices_pb2.ListDevicesResponse,
     ]
     """Lists devices, by id."""
+
+    UpdateDevice: grpc.aio.UnaryUnaryMultiCallable[
+        leasehold.v1.devices_pb2.UpdateDeviceRequest,
+        leasehold.v1.devices_pb2.UpdateDeviceResponse,
+    ]
+    """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
+    accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
+    and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
+    make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+    """
 
     DeleteDevice: grpc.aio.UnaryUnaryMultiCallable[
         leasehold.v1.devices_pb2.DeleteDeviceRequest,
@@ -114,6 +134,18 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[leasehold.v1.devices_pb2.ListDevicesResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.ListDevicesResponse]]:
         """Lists devices, by id."""
+
+    @abc.abstractmethod
+    def UpdateDevice(
+        self,
+        request: leasehold.v1.devices_pb2.UpdateDeviceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[leasehold.v1.devices_pb2.UpdateDeviceResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.UpdateDeviceResponse]]:
+        """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
+        accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
+        and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
+        make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+        """
 
     @abc.abstractmethod
     def DeleteDevice(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from leasehold.v1 import records_pb2 as leasehold_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/v1/history.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"O\n\x0eRecordedChange\x12+\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1b.leasehold.v1.ControlChange\x12\x10\n\x08revision\x18\x02 \x01(\x03\"R\n\x19ListControlChangesRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x1aListControlChangesResponse\x12-\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x1c.leasehold.v1.RecordedChange\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2y\n\x0eHistoryService\x12g\n\x12ListControlChanges\x12\'.leasehold.v1.ListControlChangesRequest\x1a(.leasehold.v1.ListControlChangesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/v1/history.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"O\n\x0eRecordedChange\x12+\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1b.leasehold.v1.ControlChange\x12\x10\n\x08revision\x18\x02 \x01(\x03\"j\n\x19ListControlChangesRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x04 \x01(\x03\"v\n\x1aListControlChangesResponse\x12-\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x1c.leasehold.v1.RecordedChange\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\x32y\n\x0eHistoryService\x12g\n\x12ListControlChanges\x12\'.leasehold.v1.ListControlChangesRequest\x1a(.leasehold.v1.ListControlChangesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECORDEDCHANGE']._serialized_start=72
   _globals['_RECORDEDCHANGE']._serialized_end=151
   _globals['_LISTCONTROLCHANGESREQUEST']._serialized_start=153
-  _globals['_LISTCONTROLCHANGESREQUEST']._serialized_end=235
-  _globals['_LISTCONTROLCHANGESRESPONSE']._serialized_start=237
-  _globals['_LISTCONTROLCHANGESRESPONSE']._serialized_end=337
-  _globals['_HISTORYSERVICE']._serialized_start=339
-  _globals['_HISTORYSERVICE']._serialized_end=460
+  _globals['_LISTCONTROLCHANGESREQUEST']._serialized_end=259
+  _globals['_LISTCONTROLCHANGESRESPONSE']._serialized_start=261
+  _globals['_LISTCONTROLCHANGESRESPONSE']._serialized_end=379
+  _globals['_HISTORYSERVICE']._serialized_start=381
+  _globals['_HISTORYSERVICE']._serialized_end=502
 # @@protoc_insertion_point(module_scope)

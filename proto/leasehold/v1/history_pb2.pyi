@@ -47,20 +47,24 @@ class ListControlChangesRequest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
     device: builtins.str
     """Only this device; empty means all."""
     page_size: builtins.int
     """At most so many; 0 means 100."""
     page_token: builtins.str
     """From an earlier answer."""
+    after_revision: builtins.int
+    """Only changes made after this etcd revision."""
     def __init__(
         self,
         *,
         device: builtins.str = ...,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        after_revision: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_revision", b"after_revision", "device", b"device", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
 
 global___ListControlChangesRequest = ListControlChangesRequest
 
@@ -72,8 +76,13 @@ class ListControlChangesResponse(google.protobuf.message.Message):
 
     CHANGES_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """Set if there are more."""
+    revision: builtins.int
+    """The etcd revision at which this page was read. Of several pages, only what is no later than the first
+    page's is certain to be complete.
+    """
     @property
     def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RecordedChange]:
         """The changes."""
@@ -83,7 +92,8 @@ class ListControlChangesResponse(google.protobuf.message.Message):
         *,
         changes: collections.abc.Iterable[global___RecordedChange] | None = ...,
         next_page_token: builtins.str = ...,
+        revision: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["changes", b"changes", "next_page_token", b"next_page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "next_page_token", b"next_page_token", "revision", b"revision"]) -> None: ...
 
 global___ListControlChangesResponse = ListControlChangesResponse

@@ -83,6 +83,14 @@ class ApiError(Exception):
         raise AssertionError("abort returned")
 
 
+def require(holds: bool, field: str, wanted: str) -> None:
+    """Raises the error of a `field` that is not what is `wanted`, unless that `holds`."""
+    if not holds:
+        raise ApiError(
+            grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", f"{field} must be {wanted}", field=field
+        )
+
+
 async def answering(
     context: "grpc.aio.ServicerContext[Any, Any]", handler: Callable[[], Awaitable[Any]]
 ) -> Any:

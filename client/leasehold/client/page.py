@@ -1,0 +1,178 @@
+"""A page about one device, controller or request, for a person who wants to know how things stand and why."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from leasehold.client import output
+from leasehold.client.errors import NotFound
+from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
+
+if TYPE_CHECKING:
+    from leasehold.client.connection import Leasehold
+
+CHANGES = 10
+"""How many of the last changes are shown."""
+
+_CHANGE_COLUMNS = ("AT", "KIND", "EPOCH", "LOST", "GAINED", "REQUEST", "REASON")
+_GAINED = frozenset(
+    {
+        records_pb2.CHANGE_KIND_ASSIGNED,
+        records_pb2.CHANGE_KIND_TRANSFERRED,
+        records_pb2.CHANGE_KIND_TAKEN_OVER,
+    }
+)
+
+
+async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
+    """About a device. Raises `NotFound`."""
+    status = await leasehold.device(name)
+    requests = await leasehold.requests(name)
+    history = await leasehold.history(name)
+    spec, holder = status.device, status.holder
+    fields = [("Device", name), ("State", _since(output.device_state(status), _last(history)))]
+    if status.HasField("holder"):
+        gained = [item for item in history if item.change.kind in _GAINED]
+        held = _last(item for item in gained if item.change.epoch == holder.epoch)
+        fields += [("Holder", _since(holder.controller, held)), ("Instance", holder.instance)]
+        fields += [("Path", holder.path)] if holder.path else []
+        fields += [("Yields to", holder.target.controller)] if holder.HasField("target") else []
+    fields.append(("Epoch", str(status.epochs.epoch or "none yet")))
+    fields += [
+        ("Unreleased", f"epoch {item.epoch} of {item.controller}")
+        for item in status.epochs.unreleased
+        if item.epoch != holder.epoch
+    ]
+    fields.append(("Reason", status.reason))
+    if status.HasField("device"):
+        fields += [
+            ("Driver", spec.driver),
+            *(("Parameter", f"{key}={spec.parameters[key]}") for key in sorted(spec.parameters)),
+            ("Controllers", ", ".join(spec.controllers) or "any that has the driver"),
+            ("TTL", f"{spec.ttl_seconds} s" if spec.ttl_seconds else "the default"),
+            ("Takeover", output.takeover(spec)),
+            ("Etag", status.etag),
+        ]
+    return [*_fields(fields), *_clients(status, requests), *_changes(history)]
+
+
+async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
+    """About a controller that is registered, or else only its past. Raises `NotFound` if it has neither."""
+    statuses = {status.controller.controller: status for status in await leasehold.controllers()}
+    history = [
+        item
+        for item in (await leasehold.changes())[0]
+        if name in (item.change.lost.controller, item.change.gained.controller)
+    ]
+    status = statuses.get(name)
+    if status is None:
+        if not history:
+            raise NotFound(f"no controller {name} is registered", "NO_CONTROLLER", {"controller": name})
+        fields = [("Controller", name), ("State", "NOT REGISTERED: it is stopped, or cut off from etcd")]
+        return [*_fields(fields), *_changes(history, device=True)]
+    record = status.controller
+    devices = [item for item in await leasehold.devices() if item.holder.controller == name]
+    fields = [
+        ("Controller", name),
+        ("State", "DRAINING: gives up its devices, takes no new ones" if record.draining else "REGISTERED"),
+        ("Endpoint", record.endpoint),
+        ("Data host", record.data_host),
+        ("Drivers", ", ".join(record.drivers)),
+        ("Version", record.software),
+        ("Instance", record.instance),
+        ("Session", record.session_lease),
+    ]
+    rows = [
+        (
+            output.device_name(item),
+            output.device_state(item),
+            str(item.holder.epoch),
+            ", ".join(grant.client for grant in item.grants),
+            str(item.queued),
+        )
+        for item in devices
+    ]
+    heading = ("DEVICE", "STATE", "EPOCH", "CLIENTS", "QUEUED")
+    return [*_fields(fields), *_table("Holds", heading, rows), *_changes(history, device=True)]
+
+
+async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
+    """About an access request. Raises `NotFound`."""
+    status = await leasehold.request(name)
+    request = status.request
+    device = await leasehold.device(request.device)
+    history = await leasehold.history(request.device)
+    over = request.ended_at or ""
+    fields = [
+        ("Request", name),
+        ("State", output.request_state(status) + (f" at {over}" if over else "")),
+        ("Device", request.device),
+        ("Client", request.client),
+        ("Priority", str(request.priority)),
+        ("Wants", request.controller or "any controller"),
+        ("Waits", f"at most {request.wait_seconds} s" if request.wait_seconds else "without limit"),
+        ("Created", request.created_at),
+    ]
+    fields += [("Position", f"{status.position} of {device.queued}")] if status.position else []
+    fields.append(("Reason", status.reason or request.reason))
+    if status.HasField("access"):
+        access = status.access
+        fields += [("Controller", access.controller), ("Epoch", str(access.epoch)), ("Path", access.path)]
+    elif request.epoch:
+        fields.append(("Epoch", f"{request.epoch} when it was granted"))
+    if not over:
+        fields.append(("Access TTL", f"{status.access_ttl_seconds} s"))
+        fields.append(("Device is", f"{output.device_state(device)} {device.holder.controller}".strip()))
+    own = [item for item in history if item.change.request == name]
+    return [*_fields(fields), *_changes(own)]
+
+
+def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.AccessStatus]) -> list[str]:
+    created = {item.request.request: item.request.created_at for item in requests}
+    having = [
+        (grant.request, grant.client, grant.controller, str(grant.epoch), created.get(grant.request, ""))
+        for grant in status.grants
+    ]
+    waiting = [
+        (
+            str(item.position),
+            item.request.request,
+            item.request.client,
+            str(item.request.priority),
+            item.request.created_at,
+            item.reason,
+        )
+        for item in sorted(requests, key=lambda item: item.position)
+        if item.position
+    ]
+    return [
+        *_table("Access", ("REQUEST", "CLIENT", "CONTROLLER", "EPOCH", "CREATED"), having),
+        *_table("Waiting", ("POSITION", "REQUEST", "CLIENT", "PRIORITY", "CREATED", "WHY"), waiting),
+    ]
+
+
+def _changes(history: Sequence[history_pb2.RecordedChange], *, device: bool = False) -> list[str]:
+    names = ("DEVICE", *_CHANGE_COLUMNS) if device else _CHANGE_COLUMNS
+    last = history[-CHANGES:]
+    rows = [[output.HISTORY.columns[name](item) for name in names] for item in last]
+    left_out = len(history) - len(last)
+    title = f"Last changes, {left_out} earlier ones left out" if left_out else "Changes"
+    return _table(title, names, rows)
+
+
+def _fields(fields: Iterable[tuple[str, str]]) -> list[str]:
+    return output.aligned([(f"{name}:", value) for name, value in fields])
+
+
+def _table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return [f"{title}: none"]
+    return [f"{title}:", *(f"  {line}" for line in output.aligned([heading, *rows]))]
+
+
+def _last(history: Iterable[history_pb2.RecordedChange]) -> str:
+    times = [item.change.recorded_at for item in history]
+    return times[-1] if times else ""
+
+
+def _since(what: str, time: str) -> str:
+    return f"{what} since {time}" if time else what
