@@ -59,6 +59,11 @@ class Session:
                     context.kv, context.keeper, key, self._journalled, context.timing.session_ttl
                 )
             except NameTaken as taken:
+                if taken.instance == context.instance:
+                    # A session of this very process, lost or never known to have begun. Nobody renews it, but
+                    # each new leader of etcd gives it all its TTL again.
+                    await asyncio.sleep(_LOOK)
+                    continue
                 if taken.lease not in ends:
                     left = await self._life(taken.lease) if patience is None else patience
                     ends[taken.lease] = loop.time() + left
