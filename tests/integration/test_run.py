@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from equipment import find_tool
 from leasehold.client import exits, sync
 from leasehold.client.dev import DevCluster
 
@@ -119,3 +121,17 @@ def test_a_device_that_there_is_not(cluster: DevCluster) -> None:
     result = run(cluster, "no-such-disk", "--", "true")
     assert result.returncode == exits.NOT_FOUND, result.stderr
     assert b"no-such-disk" in result.stderr
+
+
+def test_an_image_written_by_qemu_img_is_read_back_through_another_controller(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    qemu_img = find_tool("qemu-img")
+    image, back = tmp_path / "image", tmp_path / "back"
+    image.write_bytes(os.urandom(8 << 20))
+    writing = f'{qemu_img} convert -n -f raw -O raw {image} "$LEASEHOLD_PATH"'
+    reading = f'{qemu_img} convert -f raw -O raw "$LEASEHOLD_PATH" {back}; echo $LEASEHOLD_CONTROLLER'
+    assert run(cluster, "disk-1", "--via", "a", "--", "sh", "-c", writing).returncode == 0
+    read = run(cluster, "disk-1", "--via", "b", "--", "sh", "-c", reading)
+    assert (read.returncode, read.stdout) == (0, b"b\n"), read.stderr
+    assert back.read_bytes()[: 8 << 20] == image.read_bytes()
