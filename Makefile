@@ -4,7 +4,7 @@ PYTHON ?= python3
 ROOTS := client controller coordinator proto store
 BIN := .venv/bin
 
-.PHONY: demo test lint proto bench
+.PHONY: demo test chaos lint proto bench
 
 # A cluster on this machine, two controllers, and a device that changes hands.
 demo: .venv/.demo
@@ -14,6 +14,10 @@ demo: .venv/.demo
 # With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest.
 test: .venv/.dev
 	$(BIN)/pytest $(ARGS)
+
+# Whatever can break, broken at random for LEASEHOLD_CHAOS seconds; LEASEHOLD_SEED repeats a plan.
+chaos: .venv/.dev
+	$(BIN)/pytest tests/chaos -s $(ARGS)
 
 lint: .venv/.dev .venv-proto/.ready
 	$(BIN)/ruff check

@@ -95,6 +95,13 @@ def running(*command: str, cwd: Path | None = None) -> "Iterator[subprocess.Pope
             process.kill()
 
 
+def appears(path: Path, within: float = 20.0) -> None:
+    """Return once `path` is there."""
+    end = time.monotonic() + within
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+
+
 @contextlib.contextmanager
 def block_device(image: Path) -> Iterator[str]:
     command = ["losetup", "-f", "--show", str(image)]
@@ -508,13 +515,11 @@ def hanging(directory: Path) -> "Iterator[tuple[Path, subprocess.Popen[bytes]]]"
     """An image on a storage that can be stopped, and the process to stop for that."""
     image, address, place = make_image(directory / "remote"), directory / "socket", directory / "fuse"
     place.mkdir()
-    with (
-        running("nbdkit", "-f", "-U", str(address), "file", str(image)) as storage,
-        running("nbdfuse", str(place / "disk"), f"nbd+unix:///?socket={address}") as fuse,
-    ):
-        end = time.monotonic() + 5
-        while not (place / "disk").exists():
-            assert time.monotonic() < end, "there is no FUSE here"
+    with contextlib.ExitStack() as stack:
+        storage = stack.enter_context(running("nbdkit", "-f", "-U", str(address), "file", str(image)))
+        appears(address)
+        fuse = stack.enter_context(running("nbdfuse", str(place / "disk"), f"nbd+unix:///?socket={address}"))
+        appears(place / "disk")
         try:
             yield place / "disk", storage
         finally:
