@@ -101,7 +101,9 @@ class Agent:
         if hold is not None:
             if prev is None or prev.epoch == hold.epoch:
                 hold.end("its holder record was deleted")
-            return
+            if prev is None or prev.epoch <= hold.epoch:
+                return
+            # Of a later holder: this hold is on its way out, and the device may have to be taken over.
         me = self._session.me
         own = prev is not None and me is not None and prev.instance == me.instance
         if own and device not in self.backoffs:
@@ -214,8 +216,8 @@ class Agent:
     ) -> tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]:
         """Read the device, and beside that have a hold that ends proved over."""
         context = self._context
-        failed = device in self._refusals or (hold is not None and hold.failed)
-        more = (get(context.keys.availability(device, context.name)),) if failed else ()
+        failures = get(context.keys.availability(device, context.name))
+        more = (failures,) if self._has_failed(device, hold) else ()
         reading = context.read(device, *more)
         if hold is None or hold.phase is not Phase.ENDING:
             return await reading
@@ -249,7 +251,7 @@ class Agent:
                 return True
             case Step.RELEASE:
                 reason = (hold.reason if hold else self._refusals.get(device)) or decision.reason
-                failed = device in self._refusals or (hold is not None and hold.failed)
+                failed = self._has_failed(device, hold)
                 failure = self._settler.failure(device, found, reason) if failed else None
                 if not await self._settler.release(device, decision.epochs, state, reason, failure):
                     return False
@@ -263,10 +265,12 @@ class Agent:
                 )
                 self._refusals.pop(device, None)
                 self._gone(device, hold, max(decision.epochs))
-                # With a hold nothing else can be left to do; without, there may be more.
-                return hold is not None
+                # The device may have been given to us anew while the hold was not proved to be over; and
+                # without a hold there may be more to release.
+                return hold is not None and (state.holder is None or state.epoch in decision.epochs)
             case Step.FORGET if hold is not None:
-                self._gone(device, hold, hold.epoch)
+                # An assignment may name an epoch that was never given out. It is not over, then: it may come.
+                self._gone(device, hold, min(hold.epoch, state.epoch))
                 return False
             case Step.COMPETE:
                 return await self._compete(device, state)
@@ -323,9 +327,13 @@ class Agent:
             self._ended[device] = epoch
             self._failed(device)
             return
-        context.journal.begin_activation(
-            device, epoch, me.instance, driver=driver.name, parameters=spec.parameters, slot=slot
-        )
+        try:
+            context.journal.begin_activation(
+                device, epoch, me.instance, driver=driver.name, parameters=spec.parameters, slot=slot
+            )
+        except BaseException:
+            context.gate.give_slot(slot)
+            raise
         activation = Activation(device, epoch, dict(spec.parameters), slot)
         self.holds[device] = Hold(
             device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec
@@ -361,6 +369,13 @@ class Agent:
         _log.log(logging.ERROR if hold.failed else logging.INFO, "%s: ends: %s", hold, hold.reason)
         self._context.step("ending", hold.device, hold.epoch)
         self.worker.wake(hold.device)
+
+    def _has_failed(self, device: DeviceId, hold: Hold | None) -> bool:
+        """Whether what is given up here is to be called a failure, so that it is not given back at once."""
+        if hold is not None:
+            return hold.failed or device in self._refusals
+        # Without a session nothing can be served, but the lost one may still be seen and be given devices.
+        return device in self._refusals or (self._session.me is None and not self.stopping)
 
     def _failed(self, device: DeviceId) -> None:
         self.backoffs[device] = self.backoffs.get(device, Backoff()).failed(self._context.clock())

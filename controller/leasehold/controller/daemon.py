@@ -216,6 +216,7 @@ class Daemon:
             else:
                 # Whoever sees a session gone gives its holder but a moment, and one here may need longer.
                 _log.warning("session %s is left to run out: not everything is proved inactive", lost)
+                self.session.leave(lost)
             await self.session.begin()
             self._observer.renewed()
 

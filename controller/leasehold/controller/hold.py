@@ -304,8 +304,10 @@ class Hold:
         self.end("the lease of the device ran out, or was revoked")
 
     def _extended(self, deadline: int) -> None:
-        if self.phase in (Phase.PREPARING, Phase.SERVING) or self.graceful:
-            self.gate.extend(self.activation.slot, self.epoch, deadline)
+        if self.phase not in (Phase.PREPARING, Phase.SERVING) and not self.graceful:
+            return
+        if not self.gate.extend(self.activation.slot, self.epoch, deadline):
+            self.end("its gate has shut: the deadline passed before the renewal came")
 
     def _to(self, phase: Phase) -> None:
         if phase not in NEXT[self.phase]:

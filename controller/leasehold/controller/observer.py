@@ -95,6 +95,8 @@ class Observer:
         context, agent = self._context, self._agent
         everything = await self._everything()
         registered = await context.kv.get_prefix(context.keys.controllers)
+        # What was read before may still show a session that this shows to be gone.
+        self._contest.roster_changed()
         carried = {item.key.rpartition("/")[2]: lease_id(item.lease) for item in registered.items}
         for device in (*agent.holds, *agent.assignments):
             agent.worker.wake(device)

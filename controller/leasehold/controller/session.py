@@ -35,6 +35,7 @@ class Session:
         self._build = build
         self._on_lost = on_lost
         self._registered: Registered[Controller] | None = None
+        self._running_out: set[LeaseId] = set()
         self.lost = asyncio.Event()
 
     @property
@@ -61,8 +62,12 @@ class Session:
             except NameTaken as taken:
                 if taken.instance == context.instance:
                     # A session of this very process, lost or never known to have begun. Nobody renews it, but
-                    # each new leader of etcd gives it all its TTL again.
-                    await asyncio.sleep(_LOOK)
+                    # each new leader of etcd gives it all its TTL again, and as long as it is seen there,
+                    # devices are assigned to it.
+                    if taken.lease in self._running_out:
+                        await asyncio.sleep(_LOOK)
+                    else:
+                        await self._give_back_again(taken.lease)
                     continue
                 if taken.lease not in ends:
                     left = await self._life(taken.lease) if patience is None else patience
@@ -126,6 +131,17 @@ class Session:
     async def give_back(self, lost: LeaseId) -> None:
         """Revoke a lost session, in case etcd still has it, so that the name is free for the next."""
         await revoke(self._context, lost)
+
+    def leave(self, lost: LeaseId) -> None:
+        """Let a lost session run out: a hold begun under it is not proved to be over."""
+        self._running_out.add(lost)
+
+    async def _give_back_again(self, lost: LeaseId) -> None:
+        try:
+            await revoke(self._context, lost)
+        except StoreError as error:
+            _log.warning("session %s could not be revoked yet: %s", lost, error)
+            await asyncio.sleep(_LOOK)
 
     def _journalled(self, lease: LeaseId) -> Controller:
         record = self._build(lease)

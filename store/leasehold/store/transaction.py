@@ -82,9 +82,11 @@ async def commit(
             result = await kv.txn(transaction.compares, transaction.operations, reads, timeout=left)
         except LeaseNotFound:
             # A lease that is gone stays gone, so no copy can be applied after this; one may have been before.
-            if sent and (revision := await _applied_before(kv, transaction, left)):
-                return Applied(revision)
-            return Refused(revision=0, lease_gone=True)
+            try:
+                revision = await _applied_before(kv, transaction, left) if sent else 0
+            except StoreError as error:
+                raise OutcomeUnknown(f"sent, and not known to be applied or refused: {error}") from error
+            return Applied(revision) if revision else Refused(revision=0, lease_gone=True)
         except StoreError as error:
             sent = sent or isinstance(error, OutcomeUnknown)
             if not sent:
