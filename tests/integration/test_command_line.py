@@ -99,12 +99,14 @@ def test_the_life_of_a_device(cluster: DevCluster, tmp_path: Path) -> None:
         leasehold("cancel", "first", code=exits.REFUSED)
 
         # While it is held, it stays the device it is, and its holder among its controllers.
+        assert granted("first")
         (held,) = leasehold.data("get", "devices", "shelf")
         printed, _ = leasehold("get", "devices", "shelf", "-o", "yaml")
         write(controllers=["b"])
         assert "transfer it first" in leasehold("apply", "-f", str(file), "-y", code=exits.REFUSED)[1]
         write(parameters={"backing": "/elsewhere"})
         assert "a holds it" in leasehold("apply", "-f", str(file), "-y", code=exits.REFUSED)[1]
+        assert granted("first")
         write(controllers=["a", "b"], takeover="strict")
         shown, _ = leasehold("apply", "-f", str(file), "-y")
         assert shown == "update device shelf\n  - takeover: hold-off\n  + takeover: strict\n"

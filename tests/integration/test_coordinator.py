@@ -567,7 +567,7 @@ async def test_a_stream_that_breaks_ends_the_access_in_time(
     await eventually(over)
 
     async def forgotten() -> bool:
-        return not mirrors[0]._subscriptions
+        return DISK not in mirrors[0]._subscriptions
 
     await eventually(forgotten)
 
@@ -766,6 +766,27 @@ async def test_another_coordinator_plans_what_one_was_home_of(
         await other.release("first")
         assert (await session.until("granted")).epoch == 1
     await examine(installation)
+
+
+async def test_a_coordinator_whose_registration_was_deleted_registers_again(
+    installation: Installation, door: Door, a: FakeController
+) -> None:
+    key = installation.keys.coordinator(CoordinatorId("c1"))
+    before = await installation.kv.get(key)
+    assert before is not None
+    await installation.kv.delete(key)
+
+    async def back() -> bool:
+        found = await installation.kv.get(key)
+        return found is not None and found.lease != before.lease
+
+    await eventually(back)
+    # And it plans: the second waits for the first, and gets the device when that is over.
+    await door.granted("first")
+    async with door.session("second") as session:
+        await session.until("queued")
+        await door.release("first")
+        await session.until("granted")
 
 
 async def test_a_coordinator_that_is_stopped_hands_over_at_once(

@@ -1,14 +1,13 @@
 """AccessService: the session of a client as a stream, and the same over single calls."""
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from leasehold.coordinator.cluster import Cluster, Subscription
+from leasehold.coordinator.cluster import Cluster, notified
 from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
@@ -203,17 +202,6 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
 def _id(text: str) -> RequestId:
     return RequestId(check_id("request_id", text))
-
-
-@contextmanager
-def notified(event: asyncio.Event, subscription: Subscription) -> Iterator[None]:
-    """Have `subscription` notified when `event` is set."""
-    waiting = asyncio.ensure_future(event.wait())
-    waiting.add_done_callback(lambda _: subscription.notify())
-    try:
-        yield
-    finally:
-        waiting.cancel()
 
 
 def _unkept(request: AccessRequest) -> ApiError:

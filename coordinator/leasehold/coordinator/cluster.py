@@ -78,6 +78,17 @@ class Subscription:
         self._changed.clear()
 
 
+@contextmanager
+def notified(event: asyncio.Event, subscription: Subscription) -> Iterator[None]:
+    """Have `subscription` notified when `event` is set."""
+    waiting = asyncio.ensure_future(event.wait())
+    waiting.add_done_callback(lambda _: subscription.notify())
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
 class Cluster:
     """See the module. `on_change` is called with the devices that each transaction touched, None for all."""
 

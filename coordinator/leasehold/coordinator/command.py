@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from leasehold.coordinator.access import AccessService
-from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.cluster import NOTHING, Cluster, notified
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.devices import DeviceService
 from leasehold.coordinator.leases import AccessLeases
@@ -118,7 +118,7 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
                 host = config.listen.rsplit(":", 1)[0]
                 endpoint = config.advertise or f"{host}:{port}"
                 await registration.begin(endpoint)
-                group.create_task(registration.keep())
+                group.create_task(registration.keep(cluster))
                 group.create_task(loop.run())
                 group.create_task(Sweep(cluster, ledger, config.coordinator).run())
                 await leases.warm()
@@ -161,16 +161,27 @@ class _Registration:
                 return
             await asyncio.sleep(RETRY)
 
-    async def keep(self) -> None:
-        """Register anew whenever the session is lost."""
+    async def keep(self, cluster: Cluster) -> None:
+        """Register anew whenever the session is lost, or somebody deleted the registration."""
         while True:
             if self._registered is not None:
-                await self._registered.lease.lost.wait()
+                await self._gone(cluster, self._registered)
                 _log.error("the session is lost: registering again")
                 # By our reckoning it is over; in etcd it may live on, and the name with it.
                 await self.end()
                 self._registered = None
             await self.begin(self._endpoint)
+
+    async def _gone(self, cluster: Cluster, registered: Registered[Coordinator]) -> None:
+        """Wait until the session is lost, or the mirror shows that others do not see it."""
+        # Changes of coordinators concern every device, so any subscription tells of them.
+        with cluster.subscribe(NOTHING) as changes, notified(registered.lease.lost, changes):
+            while not registered.lease.lost.is_set():
+                seen = cluster.coordinators.get(self._config.coordinator)
+                ours = seen is not None and seen.value.session_lease == registered.record.session_lease
+                if cluster.revision >= registered.revision and not ours:
+                    return
+                await changes.wait()
 
     async def end(self) -> None:
         """Give the session back, so that others are home at once. Without etcd it runs out."""

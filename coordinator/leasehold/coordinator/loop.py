@@ -82,7 +82,8 @@ class Loop:
     def _is_home(self, device: DeviceId) -> bool:
         home = self._home_of.get(device)
         if home is None:
-            home = rendezvous(device, self._homes)[:1] == [self._name]
+            # Who sees nobody registered, not even himself, had better look after it.
+            home = rendezvous(device, self._homes)[:1] in ([self._name], [])
             self._home_of[device] = home
         return home
 
