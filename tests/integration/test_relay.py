@@ -206,20 +206,3 @@ async def test_a_stream_that_breaks_is_not_begun_again(relayed: Relayed) -> None
     with pytest.raises(grpc.aio.AioRpcError, match="in the middle"):
         await call.read()
     assert len([name for name, _, _ in one.calls + two.calls if name == "breaks"]) == 1
-
-
-async def test_a_stream_ends_with_a_word_when_its_coordinator_is_registered_no_more(relayed: Relayed) -> None:
-    """As when it is stopped or cut off: the client has to ask again, and not to wait for it."""
-    await relayed.coordinator("c1")
-    await relayed.get("known")
-    stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
-    call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="r1"))
-    async with asyncio.timeout(5):
-        for _ in range(3):
-            await call.read()
-        keys = relayed.installation.keys
-        await relayed.installation.kv.delete(keys.coordinator(CoordinatorId("c1")))
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call.read()
-    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert reason(error.value) == "COORDINATOR_GONE"

@@ -6,7 +6,6 @@ that no coordinator has answered is tried at the next one: an id makes every req
 request, and an error that carries details *is* an answer.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
@@ -121,8 +120,7 @@ class Relay(grpc.GenericRpcHandler):
 
     async def _drop_unused(self) -> None:
         for endpoint in self._channels.keys() - set(self._endpoints.values()):
-            # Calls under way are cut off, and their clients told so: a coordinator that is registered no more
-            # may be stopped or cut off, and a session would wait for it for ever.
+            # Calls to a coordinator that is leaving may end in their own time.
             channel = self._channels.pop(endpoint)
             await channel.close(grace=None)
 
@@ -151,9 +149,6 @@ class Relay(grpc.GenericRpcHandler):
                 _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
                 last = error
                 continue
-            except asyncio.CancelledError:
-                await _cut_off(context, endpoint)
-                raise
             context.set_trailing_metadata(_passed(await call.trailing_metadata()))
             return answer
         await _nobody(last).abort(context)
@@ -177,9 +172,6 @@ class Relay(grpc.GenericRpcHandler):
                 _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
                 last = error
                 continue
-            except asyncio.CancelledError:
-                await _cut_off(context, endpoint)
-                raise
             finally:
                 # The client may have gone in the middle.
                 call.cancel()
@@ -202,17 +194,6 @@ def _unanswered(error: grpc.aio.AioRpcError) -> bool:
 
 async def _abort(context: Any, error: grpc.aio.AioRpcError) -> None:
     await context.abort(error.code(), error.details() or "", _passed(error.trailing_metadata()))
-
-
-async def _cut_off(context: Any, endpoint: str) -> None:
-    """Tell the client that its coordinator has left, unless it is the client itself that has."""
-    task = asyncio.current_task()
-    if task is None or not task.cancelling():
-        await ApiError(
-            grpc.StatusCode.UNAVAILABLE,
-            "COORDINATOR_GONE",
-            f"coordinator {endpoint} is registered no more: ask again with the same id",
-        ).abort(context)
 
 
 def _nobody(last: grpc.aio.AioRpcError | None) -> ApiError:
