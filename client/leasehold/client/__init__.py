@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         Refused,
         ServerError,
         TimedOut,
+        Untrusted,
     )
+    from leasehold.client.tls import Tls
 
 _HOMES = {
     "access": ("Access",),
@@ -47,7 +49,9 @@ _HOMES = {
         "Refused",
         "ServerError",
         "TimedOut",
+        "Untrusted",
     ),
+    "tls": ("Tls",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -69,6 +73,8 @@ __all__ = [
     "Revoked",
     "ServerError",
     "TimedOut",
+    "Tls",
+    "Untrusted",
     "connect",
 ]
 

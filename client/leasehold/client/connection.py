@@ -17,6 +17,7 @@ from leasehold.client.changes import Progress
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import TimedOut
+from leasehold.client.tls import Security
 from leasehold.v1 import (
     access_pb2,
     controllers_pb2,
@@ -28,25 +29,27 @@ from leasehold.v1 import (
 _PAGE = 500
 
 
-def connect(*endpoints: str, timeout: float = 10.0) -> "Leasehold":
+def connect(*endpoints: str, timeout: float = 10.0, tls: Security = None) -> "Leasehold":
     """Leasehold as seen through `endpoints`, each host:port of a coordinator or a controller.
 
     Without any, those in LEASEHOLD_COORDINATORS, separated by commas. Nothing is sent yet. `timeout` is how
-    long, in seconds, somebody may take to answer a call. Raises `BadRequest` for an address that is none.
+    long, in seconds, somebody may take to answer a call. `tls` is how to be sure of whom you talk to; without
+    it LEASEHOLD_TLS_CA, LEASEHOLD_TLS_CERT and LEASEHOLD_TLS_KEY say so, and False means plaintext whatever
+    they say. Raises `BadRequest` for an address that is none, `Untrusted` for a file that can not be used.
     """
-    return Leasehold(endpoints, timeout)
+    return Leasehold(endpoints, timeout, tls)
 
 
 class Leasehold:
     """See `connect`. Entering it keeps its connections open between calls.
 
-    Every call raises `NoCoordinator` if nobody answers within the time-out, and otherwise what the tree in
-    `leasehold.client.errors` says. What a call returns is the message of the public contract,
-    `leasehold.v1`.
+    Every call raises `NoCoordinator` if nobody answers within the time-out, `Untrusted` at once if it is the
+    certificates, and otherwise what the tree in `leasehold.client.errors` says. What a call returns is the
+    message of the public contract, `leasehold.v1`.
     """
 
-    def __init__(self, endpoints: Sequence[str], timeout: float) -> None:
-        self.endpoints = Endpoints(endpoints)
+    def __init__(self, endpoints: Sequence[str], timeout: float, tls: Security = None) -> None:
+        self.endpoints = Endpoints(endpoints, tls)
         self.timeout = timeout
         self._users = 0
 

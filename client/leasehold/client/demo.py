@@ -58,7 +58,7 @@ class _Demo:
         self._data = os.urandom(LENGTH)
 
     async def run(self) -> None:
-        async with connect(*self._cluster.endpoints) as leasehold:
+        async with connect(*self._cluster.endpoints, tls=False) as leasehold:
             self._head("A client asks for the device through controller a, and writes.")
             old = await self._write(leasehold)
             self._head("Another asks for it through b: a has to stop, b goes on.")

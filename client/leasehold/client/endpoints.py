@@ -14,8 +14,9 @@ import grpc.aio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from leasehold.client.clock import now
-from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError
+from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError, Untrusted
 from leasehold.client.status import from_rpc
+from leasehold.client.tls import Security, obstacle, settled, suspect
 
 T = TypeVar("T")
 
@@ -60,14 +61,22 @@ def addresses(given: Sequence[str]) -> tuple[str, ...]:
 class Endpoints:
     """One channel per address, opened when first used."""
 
-    def __init__(self, given: Sequence[str]) -> None:
+    def __init__(self, given: Sequence[str], tls: Security = None) -> None:
         self.addresses = addresses(given)
+        self._tls = settled(tls)
+        self._credentials = self._tls.credentials() if self._tls else None
+        self._obstacles: dict[str, str] = {}
+        self._trusted = False
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._first = 0
 
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+            if self._credentials is None:
+                channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+            else:
+                channel = grpc.aio.secure_channel(address, self._credentials, options=OPTIONS)
+            self._channels[address] = channel
         return self._channels[address]
 
     def avoid(self, address: str) -> None:
@@ -86,8 +95,8 @@ class Endpoints:
         It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
         again until `until` (of `clock.now`). It must therefore be harmless to repeat.
 
-        Raises `NoCoordinator` or `Busy` if nobody answered by then, and any other answer as the error it
-        stands for.
+        Raises `NoCoordinator` or `Busy` if nobody answered by then, `Untrusted` at once if certificates keep
+        all of them from it and nobody ever answered, and any other answer as the error it stands for.
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((NoCoordinator, Busy)),
@@ -117,11 +126,26 @@ class Endpoints:
                 failure = from_rpc(error)
                 if not isinstance(failure, NoCoordinator | Busy | ServerError):
                     raise failure from error
-                failures[address] = failure
+                failures[address] = await self._explained(address, failure)
             else:
+                self._trusted = True
+                self._obstacles.pop(address, None)
                 self._first = self.addresses.index(address)
                 return address, result
         raise _summary(failures)
+
+    async def _explained(self, address: str, failure: LeaseholdError) -> LeaseholdError:
+        """`failure`, or what is wrong with TLS if that is behind it."""
+        if not isinstance(failure, NoCoordinator) or not suspect(failure.message):
+            return failure
+        if address not in self._obstacles:
+            # Once, and not again in every round: an access may have little time to get elsewhere.
+            self._obstacles[address] = await obstacle(address, self._tls)
+        told = self._obstacles[address]
+        if not told:
+            return failure
+        # Where somebody did answer before, a certificate is being replaced: that may be over in a moment.
+        return NoCoordinator(told, failure.reason) if self._trusted else Untrusted(told, "TLS")
 
 
 def _until(until: float) -> Callable[[RetryCallState], float]:
@@ -133,6 +157,8 @@ def _until(until: float) -> Callable[[RetryCallState], float]:
 def _summary(failures: dict[str, LeaseholdError]) -> LeaseholdError:
     """One error for a round in which nobody helped: the one that tells most."""
     told = "; ".join(f"{address}: {failure.message}" for address, failure in failures.items())
+    if all(isinstance(failure, Untrusted) for failure in failures.values()):
+        return Untrusted(told, "TLS")
     for kind in (ServerError, Busy):
         for failure in failures.values():
             if isinstance(failure, kind):

@@ -4,6 +4,7 @@
 
     LeaseholdError
     ├── NoCoordinator    nobody answered: try later, or name other coordinators
+    ├── Untrusted        the certificates do not do, ours or theirs: correct them, or whom you ask
     ├── Busy             more is asked of Leasehold than it takes: ask again later
     ├── TimedOut         it took longer than you were willing to wait: wait longer, or do without
     ├── BadRequest       it can never be done as asked: correct the call
@@ -36,6 +37,10 @@ class LeaseholdError(Exception):
 
 class NoCoordinator(LeaseholdError):
     """No coordinator or controller answered in time."""
+
+
+class Untrusted(LeaseholdError):
+    """No connection that is to be trusted: a certificate or key can not be used, or is refused."""
 
 
 class Busy(LeaseholdError):

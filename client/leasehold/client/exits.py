@@ -9,6 +9,7 @@ from leasehold.client.errors import (
     NotFound,
     Refused,
     TimedOut,
+    Untrusted,
 )
 
 BROKEN = 1
@@ -35,7 +36,7 @@ Exit codes:
    70  a fault in Leasehold
    75  run: the access was lost or moved, COMMAND was stopped; run it again
    77  refused
-   78  not installed, or the configuration can not be used
+   78  not installed, or the configuration or a certificate can not be used
   124  waited as long as --wait says
   126  run: COMMAND can not be run
   127  run: COMMAND was not found
@@ -46,6 +47,7 @@ _CODES: tuple[tuple[type[LeaseholdError], int], ...] = (
     (NotFound, NOT_FOUND),
     (BadRequest, BAD_REQUEST),
     (NoCoordinator, NO_COORDINATOR),
+    (Untrusted, CONFIG),
     (Busy, NO_COORDINATOR),
     (AccessLost, LOST),
     (Refused, REFUSED),

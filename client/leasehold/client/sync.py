@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 from leasehold.client import access as asynchronous
 from leasehold.client import connection
 from leasehold.client.changes import Change, Progress
+from leasehold.client.tls import Security
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
 
 __all__ = ["Access", "Leasehold", "connect"]
@@ -27,16 +28,16 @@ __all__ = ["Access", "Leasehold", "connect"]
 T = TypeVar("T")
 
 
-def connect(*endpoints: str, timeout: float = 10.0) -> "Leasehold":
+def connect(*endpoints: str, timeout: float = 10.0, tls: Security = None) -> "Leasehold":
     """See `leasehold.client.connect`. The result has to be entered."""
-    return Leasehold(endpoints, timeout)
+    return Leasehold(endpoints, timeout, tls)
 
 
 class Leasehold:
     """See `leasehold.client.Leasehold`. May be used from any thread while it is entered."""
 
-    def __init__(self, endpoints: Sequence[str], timeout: float) -> None:
-        self._inner = connection.Leasehold(endpoints, timeout)
+    def __init__(self, endpoints: Sequence[str], timeout: float, tls: Security = None) -> None:
+        self._inner = connection.Leasehold(endpoints, timeout, tls)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 

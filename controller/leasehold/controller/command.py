@@ -1,8 +1,8 @@
 """`leasehold controller`: runs one controller until it is told to stop.
 
 Exit codes: 0 stopped in order; 1 ended by an error, or something could not be given up and is left to its
-lease; 2 the configuration can not be used; 3 refused, because this controller runs already or its past can
-not be cleaned up.
+lease; 2 the configuration can not be used, or the address in it can not be had; 3 refused, because this
+controller runs already, a driver can not start or its past can not be cleaned up.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from leasehold.controller.gate import GateError
 from leasehold.controller.journal import JournalRefused
 from leasehold.controller.recovery import RecoveryRefused
 from leasehold.runtime import daemon, log
+from leasehold.runtime.api import CanNotListen
 from leasehold.runtime.config import ConfigError, load
 from leasehold.runtime.session import NameTaken
 from leasehold.store.errors import StoreError
@@ -51,7 +52,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> int:
     except (JournalRefused, RecoveryRefused, NameTaken, GateError) as error:
         _log.error("refused: %s", error)
         return REFUSED
-    except ConfigError as error:
+    except (ConfigError, CanNotListen) as error:
         _log.error("%s", error)
         return MISCONFIGURED
     except (StoreError, OSError) as error:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
+from leasehold.runtime.listening import Listening, check_host, is_wildcard
+from leasehold.runtime.tls import TlsSettings
 from leasehold.store.keys import Keys
 from leasehold.store.records import ControllerId, check_id
 
@@ -16,7 +18,8 @@ class DataSettings:
 
     listen_host: str = "127.0.0.1"
     host: str = ""
-    """The name or address in the paths that clients get; empty for `listen_host`."""
+    """The name or address in the paths that clients get, an IPv6 address without brackets; empty for
+    `listen_host`."""
     base_port: int = 0
     """Port of the first worker, each next has the next; 0 for any that are free."""
     workers: int = 2
@@ -29,6 +32,14 @@ class DataSettings:
             raise ValueError(f"base_port {self.base_port} leaves no room for {self.workers} workers")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}, but somebody has to serve")
+        check_host("listen_host", self.listen_host)
+        if self.host:
+            check_host("host", self.host)
+        if is_wildcard(self.advertised):
+            raise ValueError(
+                f"{self.advertised} is every address of this host: set host to the name or address that"
+                " stands in the paths that clients get"
+            )
 
     @property
     def advertised(self) -> str:
@@ -53,12 +64,15 @@ class ControllerConfig:
 
     `name` is the controller's name in the cluster; a host that is rebuilt keeps it only with its state
     directory. `advertise` is where others reach the API, host:port; empty for the address listened on.
+    `insecure` permits an API without `tls` on an address that other hosts reach.
     """
 
     name: str
     state_dir: Path
     listen: str = "127.0.0.1:0"
     advertise: str = ""
+    insecure: bool = False
+    tls: TlsSettings | None = None
     session_ttl: int = 10
     drain_seconds: float = 5.0
     log_level: str = "INFO"
@@ -73,8 +87,9 @@ class ControllerConfig:
             raise ValueError("drivers is empty: this controller could hold nothing")
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ValueError(f"log_level {self.log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
-        # Built here so that unsafe times are refused with the rest of the file.
+        # Built here so that what does not go together is refused with the rest of the file.
         _ = self.timing
+        _ = self.listening
 
     @property
     def controller(self) -> ControllerId:
@@ -83,6 +98,10 @@ class ControllerConfig:
     @property
     def keys(self) -> Keys:
         return Keys(self.etcd.prefix)
+
+    @property
+    def listening(self) -> Listening:
+        return Listening(self.listen, self.advertise, self.tls, self.insecure)
 
     @property
     def timing(self) -> Timing:

@@ -113,13 +113,12 @@ class Daemon:
         for driver in context.drivers.values():
             self._cleanup.push_async_callback(driver.stop)
         left = await prove_past(context)
-        self._relay = Relay(config.name)
+        self._relay = Relay(config.name, config.tls)
         self._cleanup.push_async_callback(self._relay.close)
-        self._server = ApiServer(config.listen, SERVICES)
+        self._server = ApiServer(config.listen, SERVICES, tls=config.tls)
         self._server.server.add_generic_rpc_handlers((self._relay,))
-        port = await self._server.start()
+        self.address = config.listening.endpoint(await self._server.start())
         self._cleanup.push_async_callback(self._server.stop, 1.0)
-        self.address = config.advertise or f"{config.listen.rpartition(':')[0]}:{port}"
         contest = Contest(context)
         self.session = Session(context, self._registration, self._session_lost)
         self.agent = Agent(context, self.session, contest)

@@ -56,7 +56,7 @@ async def _start(driver: Driver) -> None:
     try:
         await driver.start()
     except DriverError as error:
-        raise RecoveryRefused(f"driver {driver.name} can not start: {error}") from error
+        raise RecoveryRefused(f"driver {driver.name} can not start: {error.reason}") from error
 
 
 async def _prove(context: Context, item: OpenActivation) -> bool:

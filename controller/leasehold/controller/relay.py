@@ -16,6 +16,8 @@ import grpc.aio
 
 from leasehold.runtime.api import MAX_MESSAGE, ApiError
 from leasehold.runtime.roster import rendezvous
+from leasehold.runtime.tls import TlsSettings
+from leasehold.store import pem
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.connection import Connection
 from leasehold.store.keys import Keys
@@ -61,8 +63,10 @@ SERVICES = tuple(sorted({path.split("/")[1] for path in METHODS}))
 class Relay(grpc.GenericRpcHandler):
     """See the module. `follow` keeps it informed of the coordinators that live."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tls: TlsSettings | None = None) -> None:
+        """Coordinators are asked over `tls`, under this controller's certificate; without, in plaintext."""
         self._name = name
+        self._credentials = tls.client() if tls else None
         self._endpoints: dict[str, str] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -131,11 +135,19 @@ class Relay(grpc.GenericRpcHandler):
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
         channel = self._channels.get(endpoint)
         if channel is None:
-            channel = self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+            if self._credentials is None:
+                channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+            else:
+                channel = grpc.aio.secure_channel(endpoint, self._credentials, options=_OPTIONS)
+            self._channels[endpoint] = channel
         return channel
 
+    def _told(self, endpoint: str, error: grpc.aio.AioRpcError) -> str:
+        secure = self._credentials is not None
+        return f"{endpoint}: {pem.explain(error.details() or error.code().name, secure=secure)}"
+
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
-        last: grpc.aio.AioRpcError | None = None
+        last = ""
         for endpoint in self._order():
             stub: Stub = self._channel(endpoint).unary_unary(method)
             call = stub(
@@ -146,8 +158,8 @@ class Relay(grpc.GenericRpcHandler):
             except grpc.aio.AioRpcError as error:
                 if not _unanswered(error):
                     await _abort(context, error)
-                _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
-                last = error
+                last = self._told(endpoint, error)
+                _log.warning("no answer to %s from coordinator %s", method, last)
                 continue
             context.set_trailing_metadata(_passed(await call.trailing_metadata()))
             return answer
@@ -155,7 +167,7 @@ class Relay(grpc.GenericRpcHandler):
         raise AssertionError("abort returned")
 
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncIterator[bytes]:
-        last: grpc.aio.AioRpcError | None = None
+        last = ""
         for endpoint in self._order():
             stub: Stub = self._channel(endpoint).unary_stream(method)
             call = stub(
@@ -169,8 +181,8 @@ class Relay(grpc.GenericRpcHandler):
             except grpc.aio.AioRpcError as error:
                 if answered or not _unanswered(error):
                     await _abort(context, error)
-                _log.warning("coordinator %s did not answer %s: %s", endpoint, method, error.details())
-                last = error
+                last = self._told(endpoint, error)
+                _log.warning("no answer to %s from coordinator %s", method, last)
                 continue
             finally:
                 # The client may have gone in the middle.
@@ -196,8 +208,8 @@ async def _abort(context: Any, error: grpc.aio.AioRpcError) -> None:
     await context.abort(error.code(), error.details() or "", _passed(error.trailing_metadata()))
 
 
-def _nobody(last: grpc.aio.AioRpcError | None) -> ApiError:
-    told = f"; the last said: {last.details()}" if last else ""
+def _nobody(last: str) -> ApiError:
+    told = f"; the last was {last}" if last else ""
     return ApiError(
         grpc.StatusCode.UNAVAILABLE, "NO_COORDINATOR", f"no coordinator answers this controller now{told}"
     )

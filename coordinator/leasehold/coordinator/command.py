@@ -1,7 +1,7 @@
 """`leasehold coordinator`: runs one coordinator until it is told to stop.
 
-Exit codes: 0 stopped in order; 1 ended by an error; 2 the configuration can not be used; 3 refused, because
-another coordinator is registered under this name.
+Exit codes: 0 stopped in order; 1 ended by an error; 2 the configuration can not be used, or the address in it
+can not be had; 3 refused, because another coordinator is registered under this name.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from leasehold.coordinator.lists import ControllerService, CoordinatorService, H
 from leasehold.coordinator.loop import Loop
 from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
-from leasehold.runtime.api import ApiServer
+from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
 from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
 from leasehold.store.connection import Connection
@@ -58,12 +58,7 @@ def run(config_file: Path) -> int:
 
 async def main(config: CoordinatorConfig, stop: asyncio.Event) -> int:
     """Run a coordinator until `stop` is set or it can not go on. Returns the exit code."""
-    try:
-        etcd = config.etcd.connection()
-    except ValueError as error:
-        _log.error("etcd: %s", error)
-        return MISCONFIGURED
-    serving = asyncio.create_task(_serve(config, Connection(etcd)))
+    serving = asyncio.create_task(_serve(config, Connection(config.etcd.connection())))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -84,6 +79,9 @@ def _judge(error: BaseException | None) -> int:
     if isinstance(error, NameTaken):
         _log.error("refused: %s", error)
         return REFUSED
+    if isinstance(error, CanNotListen):
+        _log.error("%s", error)
+        return MISCONFIGURED
     if isinstance(error, StoreError | OSError):
         _log.error("can not go on: %s", error)
     else:
@@ -100,7 +98,7 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
         leases = AccessLeases(keeper, config.access_ttl)
         loop = Loop(cluster, ledger, config.coordinator)
         cluster.on_change = loop.look
-        server = ApiServer(config.listen, SERVICES)
+        server = ApiServer(config.listen, SERVICES, tls=config.tls)
         add = server.server
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(cluster, ledger, leases), add)
         devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger), add)
@@ -114,9 +112,7 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(cluster.run(connection))
                 await cluster.loaded.wait()
-                port = await server.start()
-                host = config.listen.rsplit(":", 1)[0]
-                endpoint = config.advertise or f"{host}:{port}"
+                endpoint = config.listening.endpoint(await server.start())
                 await registration.begin(endpoint)
                 group.create_task(registration.keep(cluster))
                 group.create_task(loop.run())

@@ -17,6 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from leasehold.runtime.listening import Address
+from leasehold.runtime.tls import TlsSettings
 from leasehold.store import errors
 from leasehold.store.codec import Unreadable
 from leasehold.store.ownership import NotPossible
@@ -116,12 +118,18 @@ async def streaming(
         await ApiError.of(error).abort(context)
 
 
+class CanNotListen(OSError):
+    """The address can not be had. The operator frees it, or sets another."""
+
+
 class ApiServer:
     """A gRPC server with health and reflection. `NOT_SERVING` until `ready` is called."""
 
-    def __init__(self, listen: str, services: Sequence[str] = ()) -> None:
-        """Listen on `listen` (host:port, port 0 for any); `services` are the full names reflection shows."""
+    def __init__(self, listen: str, services: Sequence[str] = (), *, tls: TlsSettings | None = None) -> None:
+        """Listen on `listen` (host:port, port 0 for any), in plaintext without `tls`; `services` are the full
+        names reflection shows."""
         self.listen = listen
+        self._tls = tls
         self.port = 0
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
@@ -131,13 +139,16 @@ class ApiServer:
         reflection.enable_server_reflection(shown, self.server)
 
     async def start(self) -> int:
-        """Listen; the port. Raises OSError naming the address if it can not be had."""
+        """Listen; the port. Raises CanNotListen, which names the address and why it can not be had."""
         try:
-            self.port = self.server.add_insecure_port(self.listen)
+            if self._tls is None:
+                self.port = self.server.add_insecure_port(self.listen)
+            else:
+                self.port = self.server.add_secure_port(self.listen, self._tls.server())
         except RuntimeError as error:
-            raise OSError(
-                f"can not listen on {self.listen}: the address is in use or not of this host"
-            ) from error
+            # gRPC does not tell why.
+            why = Address.parse("listen", self.listen).obstacle() or "it was refused to gRPC, and is free now"
+            raise CanNotListen(f"can not listen on {self.listen}: {why}") from error
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.server.start()
         return self.port

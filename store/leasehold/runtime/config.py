@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from leasehold.store import pem
 from leasehold.store.connection import EtcdConfig
 from leasehold.store.keys import DEFAULT_PREFIX
 
@@ -22,7 +23,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdSettings:
-    """The `[etcd]` table: where etcd is and under which prefix this installation lives."""
+    """The `[etcd]` table: where etcd is and under which prefix this installation lives. Raises ValueError."""
 
     endpoints: tuple[str, ...] = ("http://127.0.0.1:2379",)
     ca_file: Path | None = None
@@ -31,6 +32,10 @@ class EtcdSettings:
     prefix: str = DEFAULT_PREFIX
     throwaway: bool = False
     """A single member that may lose everything, started by `leasehold dev`: faulty versions pass."""
+
+    def __post_init__(self) -> None:
+        self.connection()
+        pem.read(self.ca_file, self.cert_file, self.key_file)
 
     def connection(self) -> EtcdConfig:
         return EtcdConfig(

@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay
 
 from leasehold.etcd.v3 import kv_pb2, maintenance_pb2
+from leasehold.store import pem
 from leasehold.store.errors import (
     AccessDenied,
     ClusterMismatch,
@@ -38,6 +39,8 @@ from leasehold.store.errors import (
 ATTEMPT = 1.0
 """Seconds that an unresponsive member may cost one call. An election takes about as long."""
 
+_ASIDE = 0.2
+"""Seconds that it may take to learn why an endpoint can not be connected to."""
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
 
@@ -96,8 +99,8 @@ class EtcdConfig:
     """Where etcd is. `timeout` is the deadline in seconds of a call that names none.
 
     Endpoints are `http://host:port` or `https://host:port`, all of one kind. The files are PEM and only for
-    https: without `ca_file` the system's authorities count; `cert_file` and `key_file` go together. Raises
-    `ValueError`.
+    https: without `ca_file` the authorities that gRPC brings along count; `cert_file` and `key_file` go
+    together. Raises `ValueError`.
     """
 
     endpoints: tuple[str, ...]
@@ -207,7 +210,8 @@ class Stream(Generic[Q, R]):
 class Connection:
     """Calls to one etcd cluster. Make it inside a running event loop, and `close` it there.
 
-    Every call raises leaves of `leasehold.store.errors`, and nothing else.
+    Making it raises `ValueError` for a file that can not be used. Every call raises leaves of
+    `leasehold.store.errors`, and nothing else.
     """
 
     def __init__(self, config: EtcdConfig) -> None:
@@ -320,10 +324,10 @@ class Connection:
         )
         try:
             return await retrying(attempt)
-        except Unreachable:
+        except Unreachable as error:
             # One that answered, if only to refuse, says more than one that could not be reached.
             raise answered or Unreachable(
-                f"no etcd endpoint can be reached: {', '.join(self.endpoints)}"
+                f"no etcd endpoint can be reached: {', '.join(self.endpoints)}; the last: {error}"
             ) from None
 
     async def _attempt(
@@ -372,11 +376,24 @@ class Connection:
                         grpc.ChannelConnectivity.TRANSIENT_FAILURE,
                         grpc.ChannelConnectivity.SHUTDOWN,
                     }:
-                        raise Unreachable(f"{self.endpoints[endpoint]}: can not be connected to")
+                        raise Unreachable(await self._obstacle(endpoint))
                     await channel.wait_for_state_change(state)
                     state = channel.get_state(try_to_connect=True)
         except TimeoutError:
             raise Unreachable(f"{self.endpoints[endpoint]}: not connected after {timeout:.1f} s") from None
+
+    async def _obstacle(self, endpoint: int) -> str:
+        """What to say of an endpoint that can not be connected to: over TLS the operator has to know why."""
+        name = self.endpoints[endpoint]
+        if not self.config.secure:
+            return f"{name}: can not be connected to"
+        # A channel does not say why it failed, but a call on it does, and at once.
+        call = self._stub(endpoint, STATUS)(maintenance_pb2.StatusRequest(), timeout=_ASIDE)
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            return f"{name}: can not be connected to: {pem.explain(error.details() or '', secure=True)}"
+        return f"{name}: could not be connected to, and can be again"
 
     def _stub(self, endpoint: int, method: Method[Q, R], *, stream: bool = False) -> Any:
         stubs = self._stubs[endpoint]
@@ -436,7 +453,6 @@ class _Patience:
 def _channel(config: EtcdConfig, target: str) -> grpc.aio.Channel:
     if not config.secure:
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
-    ca, cert, key = (
-        path.read_bytes() if path else None for path in (config.ca_file, config.cert_file, config.key_file)
-    )
-    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca, key, cert), options=_OPTIONS)
+    found = pem.read(config.ca_file, config.cert_file, config.key_file)
+    credentials = grpc.ssl_channel_credentials(found.ca, found.key, found.cert)
+    return grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
