@@ -8,7 +8,9 @@ import pytest
 
 from etcd_server import Proxy
 from leasehold.client import Access, Leasehold, connect
+from leasehold.client.changes import Moved
 from leasehold.client.dev import DevCluster
+from leasehold.runtime.roster import rendezvous
 from leasehold.v1 import access_pb2, records_pb2
 
 GIVEN = (
@@ -116,6 +118,28 @@ async def test_a_coordinator_killed_in_mid_request_costs_nothing_but_time(
             assert len(await rest.requests("disk-3", ended=True)) == 2
     finally:
         cluster.restart(first)
+
+
+async def test_a_coordinator_that_hangs_behind_a_controller_costs_nothing_but_time(
+    cluster: DevCluster, leasehold: Leasehold
+) -> None:
+    """The client knows only the controller, which answers all the time."""
+    by_endpoint = {process.endpoint: name for name, process in cluster.coordinators.items()}
+    async with connect(cluster.controllers["a"].endpoint) as here, here.access("disk-5") as access:
+        hanging = by_endpoint[rendezvous("a", by_endpoint)[0]]
+        cluster.pause(hanging)
+        try:
+            (other,) = by_endpoint.keys() - {cluster.coordinators[hanging].endpoint}
+            async with connect(other) as direct:
+                await direct.transfer("disk-5", "b" if access.controller != "b" else "c")
+            async with asyncio.timeout(10):
+                async for change in access.changes():
+                    if isinstance(change, Moved):
+                        break
+        finally:
+            cluster.resume(hanging)
+        assert not access.lost.is_set()
+        assert access.epoch == 2
 
 
 async def test_a_reply_lost_after_the_commit_is_asked_for_again(

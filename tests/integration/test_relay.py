@@ -1,6 +1,7 @@
 """Calls at a controller reach a coordinator and come back as they would from it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -206,3 +207,69 @@ async def test_a_stream_that_breaks_is_not_begun_again(relayed: Relayed) -> None
     with pytest.raises(grpc.aio.AioRpcError, match="in the middle"):
         await call.read()
     assert len([name for name, _, _ in one.calls + two.calls if name == "breaks"]) == 1
+
+
+async def test_a_stream_ends_with_a_word_when_its_coordinator_is_registered_no_more(relayed: Relayed) -> None:
+    """As when it is stopped or cut off: the client has to ask again, and not to wait for it."""
+    await relayed.coordinator("c1")
+    await relayed.get("known")
+    stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
+    call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="r1"))
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            await call.read()
+        keys = relayed.installation.keys
+        await relayed.installation.kv.delete(keys.coordinator(CoordinatorId("c1")))
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call.read()
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(error.value) == "COORDINATOR_GONE"
+
+
+async def test_a_stream_ends_with_a_word_when_its_coordinator_is_silent(relayed: Relayed) -> None:
+    """A stopped process closes nothing, and its registration lives on for a while."""
+    async with silenced(relayed) as silent:
+        stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
+        call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="r1"))
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                await call.read()
+            silent.set()
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call.read()
+            assert reason(error.value) == "COORDINATOR_GONE"
+            assert "does not answer" in (error.value.details() or "")
+            # The next call goes to whoever answers.
+            await relayed.coordinator("c2")
+            while (await relayed.get("r2"))[1].status.reason != "c2":
+                await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def silenced(relayed: Relayed) -> AsyncIterator[asyncio.Event]:
+    """A coordinator behind a forwarder that passes nothing on, and closes nothing, once the event is set."""
+    servicer = Access("c1")  # type: ignore[abstract]
+    server = ApiServer("127.0.0.1:0")
+    access_pb2_grpc.add_AccessServiceServicer_to_server(servicer, server.server)
+    port = await server.start()
+    relayed.servers.append(server)
+    silent = asyncio.Event()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            if not silent.is_set():
+                writer.write(data)
+                await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            await asyncio.gather(pump(reader, onward_writer), pump(onward_reader, writer))
+        finally:
+            onward_writer.close()
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as forwarder:
+        await relayed.register("c1", f"127.0.0.1:{forwarder.sockets[0].getsockname()[1]}")
+        await relayed.get("known")
+        yield silent

@@ -3,9 +3,11 @@
 A client may ask whichever daemon it reaches. Calls are passed on as bytes, with their deadline and metadata,
 and answers with their details and trailers, so nothing here knows a method but whether it streams. A call
 that no coordinator has answered is tried at the next one: an id makes every request of this API the same
-request, and an error that carries details *is* an answer.
+request, and an error that carries details *is* an answer. A stream that has brought something is not begun
+again: the client is told, and asks anew.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
@@ -14,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from leasehold.controller.upstream import CutOff, Upstream, answered
 from leasehold.runtime.api import MAX_MESSAGE, ApiError
 from leasehold.runtime.roster import rendezvous
 from leasehold.runtime.tls import TlsSettings
@@ -68,7 +71,8 @@ class Relay(grpc.GenericRpcHandler):
         self._name = name
         self._credentials = tls.client() if tls else None
         self._endpoints: dict[str, str] = {}
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._upstreams: dict[str, Upstream] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
@@ -104,12 +108,13 @@ class Relay(grpc.GenericRpcHandler):
                     snapshot = change.snapshot if isinstance(change, Gap) else change
                     self._endpoints.clear()
                     self._learn(snapshot.items)
-                await self._drop_unused()
+                self._drop_unused()
 
     async def close(self) -> None:
-        """Close every channel; calls under way fail."""
+        """Cut every call, and close every channel."""
         self._endpoints.clear()
-        await self._drop_unused()
+        self._drop_unused()
+        await asyncio.gather(*self._leaving)
 
     def _learn(self, items: Iterable[KeyValue]) -> None:
         for item in items:
@@ -122,25 +127,30 @@ class Relay(grpc.GenericRpcHandler):
             if record.endpoint:
                 self._endpoints[item.key] = record.endpoint
 
-    async def _drop_unused(self) -> None:
-        for endpoint in self._channels.keys() - set(self._endpoints.values()):
-            # Calls to a coordinator that is leaving may end in their own time.
-            channel = self._channels.pop(endpoint)
-            await channel.close(grace=None)
+    def _drop_unused(self) -> None:
+        for endpoint in self._upstreams.keys() - set(self._endpoints.values()):
+            # A client that reads slowly may take its time to hear of it.
+            task = asyncio.create_task(self._upstreams.pop(endpoint).leave())
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
 
-    def _order(self) -> Sequence[str]:
-        """Always the same one first, so that connections stay warm; each controller another."""
-        return rendezvous(self._name, set(self._endpoints.values()))
+    def _order(self) -> Sequence[Upstream]:
+        """Always the same one first, so that connections stay warm; each controller another. One that does
+        not answer is asked last."""
+        upstreams = [
+            self._upstream(endpoint) for endpoint in rendezvous(self._name, set(self._endpoints.values()))
+        ]
+        return sorted(upstreams, key=lambda upstream: upstream.silent)
 
-    def _channel(self, endpoint: str) -> grpc.aio.Channel:
-        channel = self._channels.get(endpoint)
-        if channel is None:
+    def _upstream(self, endpoint: str) -> Upstream:
+        upstream = self._upstreams.get(endpoint)
+        if upstream is None:
             if self._credentials is None:
                 channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
             else:
                 channel = grpc.aio.secure_channel(endpoint, self._credentials, options=_OPTIONS)
-            self._channels[endpoint] = channel
-        return channel
+            upstream = self._upstreams[endpoint] = Upstream(endpoint, channel)
+        return upstream
 
     def _told(self, endpoint: str, error: grpc.aio.AioRpcError) -> str:
         secure = self._credentials is not None
@@ -148,46 +158,55 @@ class Relay(grpc.GenericRpcHandler):
 
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
         last = ""
-        for endpoint in self._order():
-            stub: Stub = self._channel(endpoint).unary_unary(method)
+        for upstream in self._order():
+            stub: Stub = upstream.channel.unary_unary(method)
             call = stub(
                 request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
             )
             try:
-                answer: bytes = await call
+                with upstream.call() as cut:
+                    answer: bytes = await answered(call, cut)
+            except CutOff as error:
+                last = str(error)
             except grpc.aio.AioRpcError as error:
                 if not _unanswered(error):
                     await _abort(context, error)
-                last = self._told(endpoint, error)
-                _log.warning("no answer to %s from coordinator %s", method, last)
-                continue
-            context.set_trailing_metadata(_passed(await call.trailing_metadata()))
-            return answer
+                last = self._told(upstream.endpoint, error)
+            else:
+                context.set_trailing_metadata(_passed(await call.trailing_metadata()))
+                return answer
+            finally:
+                call.cancel()
+            _log.warning("no answer to %s: %s", method, last)
         await _nobody(last).abort(context)
         raise AssertionError("abort returned")
 
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncIterator[bytes]:
         last = ""
-        for endpoint in self._order():
-            stub: Stub = self._channel(endpoint).unary_stream(method)
+        for upstream in self._order():
+            stub: Stub = upstream.channel.unary_stream(method)
             call = stub(
                 request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
             )
-            answered = False
+            begun = False
             try:
-                async for answer in call:
-                    answered = True
-                    yield answer
+                with upstream.call() as cut:
+                    while (answer := await answered(call.read(), cut)) is not grpc.aio.EOF:
+                        begun = True
+                        yield answer
+                return
+            except CutOff as error:
+                last = str(error)
+                if begun:
+                    await ApiError(grpc.StatusCode.UNAVAILABLE, "COORDINATOR_GONE", last).abort(context)
             except grpc.aio.AioRpcError as error:
-                if answered or not _unanswered(error):
+                if begun or not _unanswered(error):
                     await _abort(context, error)
-                last = self._told(endpoint, error)
-                _log.warning("no answer to %s from coordinator %s", method, last)
-                continue
+                last = self._told(upstream.endpoint, error)
             finally:
                 # The client may have gone in the middle.
                 call.cancel()
-            return
+            _log.warning("no answer to %s: %s", method, last)
         await _nobody(last).abort(context)
 
 

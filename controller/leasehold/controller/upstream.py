@@ -1,0 +1,110 @@
+"""One coordinator that calls are passed on to.
+
+A call must not wait for a coordinator that is stopped, cut off or gone: nothing would come, no status either,
+and behind it a client's access runs out. So as long as calls are under way the coordinator is asked for its
+health, and all of them are cut when it does not answer in time, or is registered no more. It is asked by a
+call and not by HTTP/2 pings, which are answered below its event loop.
+
+Closing a channel ends its calls too, but by a cancellation that can not be told from that of the client.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BEAT = 1.0
+"""Seconds between questions for its health."""
+PATIENCE = 1.5
+"""Seconds in which one is to be answered. With the beat it is half of an access TTL of 5 s, or a quarter of the
+default: the rest is left to get elsewhere."""
+
+_HEALTH = "/grpc.health.v1.Health/Check"
+
+
+class CutOff(Exception):
+    """The call is over without an answer. The message says what became of the coordinator."""
+
+
+class Upstream:
+    """See the module. `silent` while it does not answer."""
+
+    def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
+        self.endpoint = endpoint
+        self.channel = channel
+        self.silent = False
+        self._calls = 0
+        self._busy = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._cut: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._beating = asyncio.create_task(self._beat(), name=f"health of {endpoint}")
+
+    @contextmanager
+    def call(self) -> "Generator[asyncio.Future[str]]":
+        """Count a call as under way; the future by which it is cut, for `answered`."""
+        self._calls += 1
+        self._busy.set()
+        self._idle.clear()
+        try:
+            yield self._cut
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._busy.clear()
+                self._idle.set()
+
+    async def leave(self) -> None:
+        """Cut every call, and close the channel once they are over. The coordinator is registered no more."""
+        self._beating.cancel()
+        await asyncio.wait({self._beating})
+        self._cut_all("is registered no more")
+        await self._idle.wait()
+        await self.channel.close()
+
+    def _cut_all(self, why: str) -> None:
+        cut, self._cut = self._cut, asyncio.get_running_loop().create_future()
+        cut.set_result(f"coordinator {self.endpoint} {why}: ask again with the same id")
+
+    async def _beat(self) -> None:
+        check: Any = self.channel.unary_unary(_HEALTH)
+        while True:
+            await self._busy.wait()
+            await asyncio.sleep(BEAT)
+            if await _alive(check(b"", timeout=PATIENCE)):
+                self.silent = False
+            elif not self.silent:
+                self.silent = True
+                _log.warning("coordinator %s does not answer; its calls go elsewhere", self.endpoint)
+                self._cut_all("does not answer")
+
+
+async def _alive(check: Awaitable[bytes]) -> bool:
+    """Whether `check` was answered, be it by an error that only a live server can give."""
+    try:
+        await check
+    except grpc.aio.AioRpcError as error:
+        return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return True
+
+
+async def answered(answer: Awaitable[T], cut: "asyncio.Future[str]") -> T:
+    """What `answer` brings. Raises CutOff if `cut` comes first."""
+    if cut.done():
+        raise CutOff(cut.result())
+    coming = asyncio.ensure_future(answer)
+    try:
+        await asyncio.wait((coming, cut), return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise CutOff(cut.result())
+        return coming.result()
+    finally:
+        coming.cancel()
