@@ -103,6 +103,10 @@ class Content:
         return self.cluster().view(device)
 
 
+DRAIN = 7
+"""Seconds that each controller gives to I/O under way."""
+
+
 def spec(*controllers: str, device: DeviceId = DISK) -> Device:
     return Device(device=device, driver="nbd", controllers=tuple(map(ControllerId, controllers)))
 
@@ -114,6 +118,7 @@ def controller(name: str, *, draining: bool = False, drivers: tuple[str, ...] = 
         session_lease=SESSION,
         drivers=drivers,
         draining=draining,
+        drain_seconds=DRAIN,
     )
 
 

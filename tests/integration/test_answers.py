@@ -2,14 +2,16 @@
 coordinator that dies, or whose reply is lost, costs nothing but time."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from etcd_server import Proxy
 from leasehold.client import Access, Leasehold, connect
-from leasehold.client.changes import Moved
+from leasehold.client.changes import Moved, Revoked
 from leasehold.client.dev import DevCluster
+from leasehold.controller.timing import Timing
 from leasehold.runtime.roster import rendezvous
 from leasehold.v1 import access_pb2, records_pb2
 
@@ -139,6 +141,30 @@ async def test_a_coordinator_that_hangs_behind_a_controller_costs_nothing_but_ti
         finally:
             cluster.resume(hanging)
         assert not access.lost.is_set()
+        assert access.epoch == 2
+
+
+async def test_a_client_is_told_how_long_its_io_has_before_the_path_is_dead(
+    cluster: DevCluster, leasehold: Leasehold
+) -> None:
+    async with leasehold.access("disk-6", controller="") as access:
+        changes = access.changes()
+        holder, target = access.controller, "b" if access.controller != "b" else "c"
+        # It can not give the device up, and so what comes first stays for long enough to be heard.
+        cluster.pause(holder)
+        try:
+            moving = asyncio.create_task(leasehold.transfer("disk-6", target))
+            async with asyncio.timeout(10):
+                change = await anext(changes)
+        finally:
+            cluster.resume(holder)
+        assert isinstance(change, Revoked)
+        assert f"passing it to {target}" in change.reason
+        assert change.grace == math.ceil(Timing().drain)
+        await moving
+        async with asyncio.timeout(10):
+            while not isinstance(change, Moved):
+                change = await anext(changes)
         assert access.epoch == 2
 
 

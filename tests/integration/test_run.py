@@ -101,7 +101,9 @@ def test_a_transfer_stops_the_command(cluster: DevCluster) -> None:
 def test_the_death_of_the_controller_stops_the_command(cluster: DevCluster) -> None:
     with writing(cluster, "disk-3") as (process, holder):
         cluster.kill(holder)
-        assert process.wait(SOON) != 0
+        assert process.wait(SOON) == exits.LOST
+        assert process.stderr is not None
+        assert f"{holder} does not answer" in process.stderr.read()
     cluster.restart(holder)
     again = run(cluster, "disk-3", "--", "true")
     assert again.returncode == 0, again.stderr

@@ -104,6 +104,35 @@ async def test_the_command_has_the_device_and_our_streams(coordinator: FakeCoord
     assert coordinator.released == ["r1"]
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (access_pb2.AccessStatus(access=access_pb2.Access(epoch=4)), 7, ""),
+        (access_pb2.AccessStatus(reason="a does not answer"), exits.LOST, "a does not answer"),
+        (
+            access_pb2.AccessStatus(access=access_pb2.Access(epoch=5, controller="b")),
+            exits.LOST,
+            "moved to b, epoch 5",
+        ),
+        (None, 7, ""),
+    ],
+    ids=["it stands", "its controller is silent", "it moved", "nobody can tell"],
+)
+async def test_a_command_that_fails_may_have_lost_its_controller(
+    coordinator: FakeCoordinator, status: access_pb2.AccessStatus | None, code: int, says: str
+) -> None:
+    if status is not None:
+        coordinator.answers["GetAccess"] = lambda _: access_pb2.GetAccessResponse(status=status)
+    async with started(coordinator, "--", "sh", "-c", "exit 7") as running:
+        await granted(coordinator)
+        ended, _, err = await running.ended()
+    assert ended == code
+    assert says in err
+    if status is not None:
+        assert [call.confirm for name, call in coordinator.calls if name == "GetAccess"] == [True]
+    assert len(coordinator.released) == 1
+
+
 async def test_waiting_is_told_on_stderr(coordinator: FakeCoordinator) -> None:
     async with started(coordinator, "--", "true") as running:
         session = await soon(coordinator.session())

@@ -69,6 +69,7 @@ FULL: tuple[Record, ...] = (
         drivers=("nbd", "exec"),
         draining=True,
         software="0.1.0",
+        drain_seconds=5,
     ),
     Coordinator(
         coordinator=CoordinatorId("c"), instance=ONE, session_lease=SESSION, endpoint="h:2", software="0.1.0"

@@ -1,12 +1,23 @@
 """What a client's stream is told, step by step, from records as they stand in etcd."""
 
+from dataclasses import replace
+
 import pytest
 
 from leasehold.coordinator.sessions import ClientSession
-from leasehold.store.records import DeviceId, HolderState, Record, RequestId, RequestState
+from leasehold.store.records import (
+    ControllerId,
+    DeviceId,
+    HolderState,
+    InstanceId,
+    Record,
+    RequestId,
+    RequestState,
+)
 from leasehold.v1 import access_pb2, records_pb2
 from mirror import (
     DISK,
+    DRAIN,
     KEYS,
     Content,
     controller,
@@ -104,9 +115,13 @@ def test_a_whole_life() -> None:
     assert access.revision == client.content.revision
 
     client.put(*holding("b", YIELDING, epoch=2, target="a"))
-    assert "passing it to a" in client.next("revoked").revoked.reason
+    revoked = client.next("revoked").revoked
+    assert "passing it to a" in revoked.reason
+    assert revoked.grace_seconds == DRAIN
     client.put(*holding("a", ACTIVATING, epoch=3))
-    assert "activating" in client.next("revoked").revoked.reason
+    revoked = client.next("revoked").revoked
+    assert "activating" in revoked.reason
+    assert revoked.grace_seconds == 0
     client.grants("a", 3)
     access = client.next("moved").moved
     assert (access.controller, access.epoch, access.path) == ("a", 3, path("a", 3))
@@ -187,6 +202,16 @@ def test_moved_again_and_again() -> None:
 def test_no_path_is_told_that_is_not_served(records: tuple[Record, ...]) -> None:
     client = Client(*granted("r", "a", 1), *records)
     assert client.next("revoked").revoked.reason
+
+
+def test_there_is_no_grace_from_a_holder_that_is_gone() -> None:
+    yielding = holding("a", YIELDING, target="b")
+    client = Client(controller("a"), *yielding, *granted("r", "a", 1))
+    assert client.next("revoked").revoked.grace_seconds == DRAIN
+    client.put(replace(controller("a"), instance=InstanceId("a-2")))
+    assert client.next("revoked").revoked.grace_seconds == 0
+    client.delete(KEYS.controller(ControllerId("a")))
+    assert client.hears() is None
 
 
 def test_an_access_that_comes_back_in_the_same_epoch_is_granted_again() -> None:

@@ -28,6 +28,7 @@ from leasehold.client.errors import (
     BadRequest,
     LeaseholdError,
     NoCoordinator,
+    NotFound,
     Refused,
     ServerError,
     TimedOut,
@@ -41,6 +42,8 @@ LATE = 1.0
 """Seconds by which the coordinator's word that the wait is over may come late."""
 RELEASE = 5.0
 """Seconds spent on giving an access back. After that it ends by itself, one access TTL later."""
+DOUBT = 3.0
+"""Seconds spent on finding out whether an access still stands."""
 
 _STATES = frozenset({"REJECTED", "CANCELLED", "EXPIRED", "ENDED"})
 
@@ -117,6 +120,32 @@ class Access:
     def request(self) -> str:
         """The id of the request, for `get requests` and the history."""
         return self._request.request_id
+
+    async def doubt(self) -> str:
+        """Why the path can not be relied on at this moment; "" if nothing speaks against it.
+
+        For whoever finds it broken: a controller that dies is known here only when its lease has run out, but
+        it can be asked. Takes `DOUBT` seconds at most; where nobody can be asked there is no telling.
+        """
+        if self._ended is not None:
+            return str(self._ended)
+        epoch = self.epoch
+        request = access_pb2.GetAccessRequest(request_id=self.request, confirm=True)
+
+        async def attempt(channel: grpc.aio.Channel, limit: float) -> access_pb2.GetAccessResponse:
+            return await stubs.access(channel).GetAccess(request, timeout=limit)
+
+        try:
+            _, answer = await self._owner.endpoints.ask(attempt, until=now() + DOUBT)
+        except NotFound as error:
+            return error.message
+        except LeaseholdError as error:
+            _log.info("whether request %s stands could not be asked: %s", self.request, error)
+            return ""
+        if not answer.status.HasField("access"):
+            return answer.status.reason
+        found = answer.status.access
+        return "" if found.epoch == epoch else f"moved to {found.controller}, epoch {found.epoch}"
 
     def abandon(self) -> None:
         """Leave without giving the access back: it ends by itself, one access TTL after leaving.

@@ -27,11 +27,11 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """The path is about to be withdrawn; `Moved` or `Ended` follows."""
+    """The path is being withdrawn; `Moved` or `Ended` follows."""
 
     reason: str
     grace: int
-    """Seconds the client still has; 0 means that the path is gone already."""
+    """Seconds that I/O under way has to finish, while new I/O is refused; 0 means that the path is dead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,10 +221,12 @@ class Leasehold:
         request = access_pb2.ListAccessRequest(device=device, ended=ended, page_size=_PAGE)
         return await self._all(stubs.access, "ListAccess", request, "statuses")
 
-    async def request(self, request: str) -> access_pb2.AccessStatus:
-        """One request, by its id. Raises `NotFound`."""
+    async def request(self, request: str, *, confirm: bool = False) -> access_pb2.AccessStatus:
+        """One request, by its id. With `confirm` its controller is asked too, and there is no `access` if
+        that one does not answer. Raises `NotFound`.
+        """
         answer: access_pb2.GetAccessResponse = await self._ask(
-            stubs.access, "GetAccess", access_pb2.GetAccessRequest(request_id=request)
+            stubs.access, "GetAccess", access_pb2.GetAccessRequest(request_id=request, confirm=confirm)
         )
         return answer.status
 

@@ -53,6 +53,7 @@ class _Run:
         self._say = say
         self._grace = grace
         self._group: Group | None = None
+        self._passed_on = False
         self._interrupted: signal.Signals | None = None
         self._waiting: asyncio.Task[int] | None = None
 
@@ -79,6 +80,7 @@ class _Run:
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._group is not None:
+            self._passed_on = True
             self._group.signal(number)
         elif number in ENDING and self._waiting is not None:
             self._interrupted = number
@@ -107,7 +109,14 @@ class _Run:
         finally:
             changed.cancel()
             await self._end(access, group, grace)
-        return exits.LOST if withdrawn else await ended
+        if withdrawn:
+            return exits.LOST
+        code = await ended
+        # A command that fails because its controller died does so long before anybody else knows of it.
+        if code and not self._passed_on and (why := await access.doubt()):
+            self._say(f"{access.device}: {self._command[0]} failed with {code}, and {why}")
+            return exits.LOST
+        return code
 
     async def _end(self, access: Access, group: Group, grace: float) -> None:
         if group.empty:

@@ -175,8 +175,8 @@ class Leasehold:
     def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
         return self.wait(self._inner.requests(device, ended=ended))
 
-    def request(self, request: str) -> access_pb2.AccessStatus:
-        return self.wait(self._inner.request(request))
+    def request(self, request: str, *, confirm: bool = False) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.request(request, confirm=confirm))
 
     def cancel(self, request: str) -> access_pb2.AccessStatus:
         return self.wait(self._inner.cancel(request))

@@ -10,6 +10,7 @@ proved within the time is left as it is, and so is the session: its lease runs o
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import entry_points, version
 from typing import Any
@@ -201,6 +202,7 @@ class Daemon:
             data_host=config.data.advertised,
             drivers=tuple(sorted(self.context.drivers)),
             software=version("leasehold"),
+            drain_seconds=math.ceil(config.timing.drain),
         )
 
     async def _keep_session(self) -> None:

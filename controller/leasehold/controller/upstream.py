@@ -24,8 +24,8 @@ T = TypeVar("T")
 BEAT = 1.0
 """Seconds between questions for its health."""
 PATIENCE = 1.5
-"""Seconds in which one is to be answered. With the beat it is half of an access TTL of 5 s, or a quarter of the
-default: the rest is left to get elsewhere."""
+"""Seconds in which one is to be answered. With the beat it is a quarter of the default access TTL: the rest
+is left to get elsewhere."""
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 

@@ -13,13 +13,14 @@ from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import access_status
 from leasehold.coordinator.paging import page
+from leasehold.coordinator.peers import Peers
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.sessions import ClientSession
 from leasehold.runtime.api import ApiError, answering, streaming
 from leasehold.store import requests
 from leasehold.store.errors import LeaseNotFound
 from leasehold.store.leases import Lease
-from leasehold.store.records import AccessRequest, RequestId, RequestState, check_id
+from leasehold.store.records import AccessRequest, ControllerId, RequestId, RequestState, check_id
 from leasehold.store.transaction import Applied
 from leasehold.v1 import access_pb2, access_pb2_grpc
 
@@ -32,10 +33,11 @@ ATTEMPTS = 5
 class AccessService(access_pb2_grpc.AccessServiceServicer):
     """See `leasehold.v1.AccessService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases) -> None:
+    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, peers: Peers) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._leases = leases
+        self._peers = peers
         self._desk = Desk(cluster, ledger, leases)
         self._reader = Reader(ledger.kv, cluster)
 
@@ -94,7 +96,10 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
     async def GetAccess(self, request: access_pb2.GetAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.GetAccessResponse:
-            return access_pb2.GetAccessResponse(status=await self._status(_id(request.request_id)))
+            status = await self._status(_id(request.request_id))
+            if request.confirm and status.HasField("access"):
+                await self._confirm(status)
+            return access_pb2.GetAccessResponse(status=status)
 
         return await answering(context, handle)
 
@@ -158,6 +163,17 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     async def _status(self, request: RequestId) -> access_pb2.AccessStatus:
         stored, view = await self._reader.request(request)
         return access_status(view, stored, self._leases.ttl)
+
+    async def _confirm(self, status: access_pb2.AccessStatus) -> None:
+        """Take the access out of `status` if its controller does not answer."""
+        name = ControllerId(status.access.controller)
+        registered = self._cluster.controllers.get(name)
+        silence = (
+            f"{name} is not registered" if registered is None else await self._peers.silence(registered.value)
+        )
+        if silence:
+            status.ClearField("access")
+            status.reason = silence
 
     async def _cancel(self, request: RequestId) -> None:
         for _ in range(ATTEMPTS):

@@ -17,6 +17,7 @@ from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.lists import ControllerService, CoordinatorService, HistoryService
 from leasehold.coordinator.loop import Loop
+from leasehold.coordinator.peers import Peers
 from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
@@ -100,7 +101,9 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
         cluster.on_change = loop.look
         server = ApiServer(config.listen, SERVICES, tls=config.tls)
         add = server.server
-        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessService(cluster, ledger, leases), add)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(
+            AccessService(cluster, ledger, leases, Peers(config.tls)), add
+        )
         devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger), add)
         controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
         controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(

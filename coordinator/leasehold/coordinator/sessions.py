@@ -4,10 +4,10 @@ Level-triggered, so a slow reader costs nothing: what it did not take in time it
 holds now. Two events of the same kind and content are one.
 """
 
-from leasehold.coordinator.messages import standing_access, waiting_reason
+from leasehold.coordinator.messages import grant_of, standing_access, waiting_reason
 from leasehold.coordinator.view import DeviceView
 from leasehold.store.codec import Stored
-from leasehold.store.records import AccessRequest, HolderState, RequestState
+from leasehold.store.records import AccessRequest, HolderState, RequestId, RequestState
 from leasehold.v1 import access_pb2, records_pb2
 
 
@@ -60,7 +60,9 @@ class ClientSession:
             if first:
                 return access_pb2.RequestAccessResponse(granted=access)
             return access_pb2.RequestAccessResponse(moved=access)
-        revoked = access_pb2.Revoked(reason=waiting_reason(view, request))
+        revoked = access_pb2.Revoked(
+            reason=waiting_reason(view, request), grace_seconds=_grace(view, request.request)
+        )
         return access_pb2.RequestAccessResponse(revoked=revoked)
 
     def _pending(self, view: DeviceView, request: AccessRequest) -> access_pb2.RequestAccessResponse:
@@ -78,6 +80,19 @@ class ClientSession:
             position=view.position(request.request), reason=waiting_reason(view, request)
         )
         return access_pb2.RequestAccessResponse(queued=queued)
+
+
+def _grace(view: DeviceView, request: RequestId) -> int:
+    """Seconds that I/O of the granted `request` has to finish: as long as its holder yields, what that one
+    gives to it; without that holder none."""
+    holder = view.state.holder.value if view.state.holder else None
+    grant = grant_of(view.state, request)
+    if holder is None or grant is None or holder.epoch != grant.epoch:
+        return 0
+    registered = view.controllers.get(holder.controller)
+    if registered is None or registered.instance != holder.instance:
+        return 0
+    return registered.drain_seconds if holder.state is HolderState.YIELDING else 0
 
 
 def _same(event: access_pb2.RequestAccessResponse, last: access_pb2.RequestAccessResponse | None) -> bool:

@@ -205,7 +205,7 @@ global___Transferring = Transferring
 
 @typing.final
 class Revoked(google.protobuf.message.Message):
-    """The path is about to be withdrawn."""
+    """The path is being withdrawn."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -214,7 +214,9 @@ class Revoked(google.protobuf.message.Message):
     reason: builtins.str
     """Why, in a sentence."""
     grace_seconds: builtins.int
-    """How long the client has, in seconds; 0 means it is gone already."""
+    """I/O under way has so long to finish, in seconds, and new I/O is refused from now on; 0 means the path is
+    dead already.
+    """
     def __init__(
         self,
         *,
@@ -360,14 +362,20 @@ class GetAccessRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CONFIRM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
+    confirm: builtins.bool
+    """Also ask the controller: a granted request has no `access` if that one does not answer, and `reason` says
+    so. For whoever finds a path broken; by the records alone a controller lives until its lease runs out.
+    """
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
+        confirm: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["confirm", b"confirm", "request_id", b"request_id"]) -> None: ...
 
 global___GetAccessRequest = GetAccessRequest
 

@@ -277,6 +277,7 @@ class Controller(google.protobuf.message.Message):
     DRIVERS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     controller: builtins.str
@@ -293,6 +294,8 @@ class Controller(google.protobuf.message.Message):
     """It gives up its devices and takes no new ones."""
     software: builtins.str
     """Leasehold's version there."""
+    drain_seconds: builtins.int
+    """How long I/O under way may take when it gives a device up, in seconds."""
     @property
     def drivers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The drivers it has."""
@@ -309,8 +312,9 @@ class Controller(google.protobuf.message.Message):
         drivers: collections.abc.Iterable[builtins.str] | None = ...,
         draining: builtins.bool = ...,
         software: builtins.str = ...,
+        drain_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 

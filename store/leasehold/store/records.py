@@ -147,6 +147,7 @@ class Controller:
     drivers: tuple[str, ...] = ()
     draining: bool = False
     software: str = ""
+    drain_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
