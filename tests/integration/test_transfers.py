@@ -1,9 +1,10 @@
-"""Two hundred transfers under a client that never stops writing, judged by what is in the image in the end.
+"""Two hundred transfers under clients that never stop writing, judged by what is in the image in the end.
 
-Each block is stamped with its sequence number and the epoch it was written under. A block whose write was
-not acknowledged is written again under the next path, so a write of an old epoch that came late would stand
-in the place of a newer one, and show. After each move the old connection, kept open, tries to write as
-well.
+Each client has a region of its own, and writes its blocks in sequence: no block twice, but for those whose
+write was not acknowledged. Each block is stamped with its sequence number and the epoch it was written under.
+A block whose write was not acknowledged is written again under the next path, so a write of an old epoch that
+came late would stand in the place of a newer one, and show. After each move the old connection, kept open,
+tries to write as well.
 """
 
 import asyncio
@@ -11,12 +12,13 @@ import hashlib
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from leasehold.client import connect
+from leasehold.client import Access, connect
 from leasehold.client.dev import DevCluster
 from leasehold.client.nbd import NbdClient
 from leasehold.client.sync import connect as connect_sync
@@ -25,12 +27,14 @@ from leasehold.v1 import records_pb2
 BLOCK = 4096
 TRANSFERS = 200
 STAMP = struct.Struct(">QQ")
-SIZE = 512 << 20
+CLIENTS = 3
+REGION = 8 << 30
+"""Bytes for each client, more than it can write in the time. The image is sparse."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DevCluster]:
-    with DevCluster(devices=1, size=SIZE) as running:
+    with DevCluster(devices=1, size=CLIENTS * REGION) as running:
         yield running
 
 
@@ -48,8 +52,9 @@ def stamp_of(block: bytes) -> tuple[int, int]:
 
 @dataclass
 class Writer:
-    """Writes blocks in sequence through whatever path it was told last."""
+    """Writes blocks in sequence, from `offset` on, through whatever path it was told last."""
 
+    offset: int
     acknowledged: dict[int, int] = field(default_factory=dict)
     refused_late_writes: int = 0
     accepted_late_writes: list[str] = field(default_factory=list)
@@ -91,11 +96,12 @@ class Writer:
                 self._try_late(old, sequence)
             while connection is not None and not self._over:
                 try:
-                    connection.write(sequence * BLOCK, stamped(sequence, epoch))
+                    connection.write(self.offset + sequence * BLOCK, stamped(sequence, epoch))
                 except OSError:
                     break
                 self._acknowledge(sequence, epoch)
-                sequence = (sequence + 1) % (SIZE // BLOCK)
+                sequence += 1
+                assert sequence < REGION // BLOCK, "the region is full"
         if connection is not None:
             connection.close()
 
@@ -114,7 +120,7 @@ class Writer:
     def _try_late(self, old: NbdClient, sequence: int) -> None:
         """A client that does not let go of a path whose epoch is over."""
         try:
-            old.write(sequence * BLOCK, stamped(sequence, 0))
+            old.write(self.offset + sequence * BLOCK, stamped(sequence, 0))
         except OSError:
             self.refused_late_writes += 1
         else:
@@ -122,9 +128,9 @@ class Writer:
         old.close()
 
 
-async def move_about(cluster: DevCluster, writer: Writer) -> None:
+async def move_about(cluster: DevCluster, writers: list[Writer]) -> None:
     async with connect(*cluster.endpoints) as leasehold, leasehold.access("disk-1", controller="") as access:
-        writer.tell(access.path, access.epoch)
+        tell(writers, access)
         holder, epoch = access.controller, access.epoch
         changes = access.changes()
         for number in range(TRANSFERS):
@@ -135,22 +141,30 @@ async def move_about(cluster: DevCluster, writer: Writer) -> None:
                     await anext(changes)
                 assert access.controller == target
                 holder, epoch = access.controller, access.epoch
-                writer.tell(access.path, access.epoch)
-                # Each epoch has to see writes, or nothing would be shown.
-                await asyncio.to_thread(writer.wait_for, epoch)
-    writer.stop()
+                tell(writers, access)
+                # Each epoch has to see writes of everybody, or nothing would be shown.
+                for writer in writers:
+                    await asyncio.to_thread(writer.wait_for, epoch)
 
 
-def test_two_hundred_transfers_under_a_writing_client(cluster: DevCluster) -> None:
-    writer = Writer()
-    thread = threading.Thread(target=writer.run)
-    thread.start()
-    try:
-        asyncio.run(move_about(cluster, writer))
-    finally:
-        writer.stop()
-        thread.join()
-    check_image(cluster.device_image("disk-1"), writer)
+def tell(writers: list[Writer], access: Access) -> None:
+    for writer in writers:
+        writer.tell(access.path, access.epoch)
+
+
+def test_two_hundred_transfers_under_writing_clients(cluster: DevCluster) -> None:
+    writers = [Writer(REGION * number) for number in range(CLIENTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        running = [pool.submit(writer.run) for writer in writers]
+        try:
+            asyncio.run(move_about(cluster, writers))
+        finally:
+            for writer in writers:
+                writer.stop()
+        for done in running:
+            done.result()
+    for writer in writers:
+        check_image(cluster.device_image("disk-1"), writer)
     check_history(cluster)
 
 
@@ -160,6 +174,7 @@ def check_image(image: Path, writer: Writer) -> None:
     assert writer.refused_late_writes >= TRANSFERS // 2
     found = {}
     with image.open("rb") as file:
+        file.seek(writer.offset)
         for sequence in range(len(writer.acknowledged)):
             found[sequence] = stamp_of(file.read(BLOCK))
     assert {sequence: epoch for sequence, (_, epoch) in found.items()} == writer.acknowledged
