@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .PHONY: demo test chaos lint proto bench
 
-# A cluster on this machine, two controllers, and a device that changes hands.
+# A cluster on this machine, three controllers, and a device that changes hands.
 demo: .venv/.demo
 	$(BIN)/leasehold demo
 

@@ -34,7 +34,8 @@ Exit codes:
    66  no such device, controller or request
    69  no coordinator answered, or it takes no more requests now
    70  a fault in Leasehold
-   75  run: the access was lost or moved, COMMAND was stopped; run it again
+   75  run: the access was lost or moved, COMMAND was stopped or failed with it; run
+       it again
    77  refused
    78  not installed, or the configuration or a certificate can not be used
   124  waited as long as --wait says
