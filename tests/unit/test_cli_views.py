@@ -56,6 +56,10 @@ def device(name: str = "d1", *, epoch: int = 7, revision: int = 20) -> devices_p
         reason="it is in use",
         revision=revision,
         etag="11",
+        candidates=[
+            devices_pb2.Candidate(controller="a"),
+            devices_pb2.Candidate(controller="b", hindrance="is draining"),
+        ],
     )
 
 
@@ -250,6 +254,8 @@ def test_describe_device(leasehold: CommandLine) -> None:
         "Epoch: 7",
         "Unreleased: epoch 3 of z",
         "Parameter: backing=/x",
+        "a could be given it",
+        "b is draining",
         "r1 me a 7 then",
         "1 r2 you 50 then d1 is in use",
         "2026-01-31T11:59:00Z ACTIVATED 7 z a r1 reason 2",

@@ -52,7 +52,13 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
             ("Takeover", output.takeover(spec)),
             ("Etag", status.etag),
         ]
-    return [*_fields(fields), *_clients(status, requests), *_changes(history)]
+    able = [(item.controller, item.hindrance or "could be given it") for item in status.candidates]
+    return [
+        *_fields(fields),
+        *_table("Candidates", ("CONTROLLER", "AVAILABLE"), able),
+        *_clients(status, requests),
+        *_changes(history),
+    ]
 
 
 async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:

@@ -9,7 +9,7 @@ import grpc
 from leasehold.coordinator.cluster import Cluster, Subscription
 from leasehold.coordinator.desk import no_device
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
-from leasehold.coordinator.messages import device_status
+from leasehold.coordinator.messages import candidates, device_status
 from leasehold.coordinator.paging import page
 from leasehold.coordinator.placement import refusal
 from leasehold.coordinator.reading import Reader
@@ -52,7 +52,9 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
     async def GetDevice(self, request: devices_pb2.GetDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.GetDeviceResponse:
             view = await self._known(request.device)
-            return devices_pb2.GetDeviceResponse(status=device_status(view))
+            status = device_status(view)
+            status.candidates.extend(candidates(view))
+            return devices_pb2.GetDeviceResponse(status=status)
 
         return await answering(context, handle)
 

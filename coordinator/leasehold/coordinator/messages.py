@@ -2,6 +2,7 @@
 
 from typing import cast
 
+from leasehold.coordinator.placement import place
 from leasehold.coordinator.planner import plan
 from leasehold.coordinator.view import DeviceView
 from leasehold.store.codec import Stored, to_message
@@ -83,3 +84,12 @@ def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
     for grant in state.grants:
         status.grants.append(cast("records_pb2.Grant", to_message(grant.value)))
     return status
+
+
+def candidates(view: DeviceView) -> list[devices_pb2.Candidate]:
+    """The controllers that may hold a device: those that could be given it, best first, then the others."""
+    placement = place(view)
+    found = [devices_pb2.Candidate(controller=item.controller) for item in placement.candidates]
+    for name, why in sorted(placement.refused.items()):
+        found.append(devices_pb2.Candidate(controller=name, hindrance=why))
+    return found

@@ -14,6 +14,28 @@ import typing
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class Candidate(google.protobuf.message.Message):
+    """A controller that may hold a device, and whether it could be given it now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTROLLER_FIELD_NUMBER: builtins.int
+    HINDRANCE_FIELD_NUMBER: builtins.int
+    controller: builtins.str
+    """The controller."""
+    hindrance: builtins.str
+    """Why it could not, in a sentence; empty if it could."""
+    def __init__(
+        self,
+        *,
+        controller: builtins.str = ...,
+        hindrance: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "hindrance", b"hindrance"]) -> None: ...
+
+global___Candidate = Candidate
+
+@typing.final
 class DeviceStatus(google.protobuf.message.Message):
     """A device and who holds it, at one revision."""
 
@@ -27,6 +49,7 @@ class DeviceStatus(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
     queued: builtins.int
     """How many requests wait for it."""
     reason: builtins.str
@@ -51,6 +74,10 @@ class DeviceStatus(google.protobuf.message.Message):
     def grants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Grant]:
         """The clients that have access."""
 
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
+        """Who could serve it, best first, then those who could not. From GetDevice only."""
+
     def __init__(
         self,
         *,
@@ -62,9 +89,10 @@ class DeviceStatus(google.protobuf.message.Message):
         reason: builtins.str = ...,
         revision: builtins.int = ...,
         etag: builtins.str = ...,
+        candidates: collections.abc.Iterable[global___Candidate] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "holder", b"holder"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
 
 global___DeviceStatus = DeviceStatus
 
