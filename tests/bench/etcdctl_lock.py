@@ -11,7 +11,7 @@ from leasehold.store.kv import Kv
 
 _NAME = "/bench/lock"
 _PATIENCE = 20.0
-_SETTLED = 0.02
+_SETTLED = 0.3
 """Seconds for one that stands in line to have begun its watch."""
 
 
