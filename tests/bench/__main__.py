@@ -31,7 +31,11 @@ def main() -> int:
     arguments = _arguments()
     plan = QUICK if arguments.quick else FULL
     into = arguments.into or (None if arguments.quick or arguments.only else _ROOT / "docs")
-    binary = etcd.find()
+    try:
+        binary = etcd.find()
+    except etcd.NoEtcd as error:
+        _say(f"nothing can be measured: {error}")
+        return 2
     where = datapath.place(plan.size)
     about = machine.describe(
         ".".join(map(str, binary.version)), Path(tempfile.gettempdir()).resolve(), where.resolve()

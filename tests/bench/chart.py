@@ -20,6 +20,7 @@ _STYLE = """
   text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #3d4751; }
   .title { font-size: 15px; font-weight: 600; fill: #1f2328; }
   .group { font-weight: 600; }
+  .value { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; }
   .soft { fill: #6b7680; }
   .axis { stroke: #d8dee4; }
   .ours { fill: #2a6fdb; }
@@ -31,6 +32,7 @@ _STYLE = """
     .ground { fill: #0d1117; stroke: #30363d; }
     text { fill: #c3ccd5; }
     .title { fill: #f0f6fc; }
+    .value { stroke: #0d1117; }
     .soft { fill: #8b96a1; }
     .axis { stroke: #30363d; }
     .ours { fill: #4f8ff0; }
@@ -103,6 +105,7 @@ def _draw(group: Group, y: int, scale: float, unit: str, body: list[str]) -> int
         body.append(f'<text class="group" x="16" y="{y + 18}">{escape(group.label)}</text>')
         y += _GROUP - 6
     top = y
+    values: list[str] = []
     for bar in group.bars:
         middle = y + _BAR / 2
         width = max(bar.value * scale, 1.0)
@@ -118,13 +121,16 @@ def _draw(group: Group, y: int, scale: float, unit: str, body: list[str]) -> int
             body.append(_line("range", start, middle, bar.high * scale, middle))
             body.extend(_line("range", x, middle - 4, x, middle + 4) for x in (start, bar.high * scale))
         x = _LABELS + end + 8
-        body.append(f'<text x="{x:.1f}" y="{middle + 4:.1f}">{shown(bar.value)} {escape(unit)}</text>')
+        value = f"{shown(bar.value)} {escape(unit)}"
+        values.append(f'<text class="value" x="{x:.1f}" y="{middle + 4:.1f}">{value}</text>')
         y += _STEP
     bottom = y - (_STEP - _BAR)
     body.append(_line("axis", 0, top - 3, 0, bottom + 3))
     if group.target is not None:
         x = group.target * scale
         body.append(_line("target", x, top - 6, x, bottom + 6))
+    # Last, because the line of the target may cross them.
+    body.extend(values)
     return y + 6
 
 

@@ -135,7 +135,6 @@ def _handovers(rounds: _Rounds, gaps: list[str]) -> Section:
         figure("", "commit p50").bar("one commit", "base"),
         here.bar("active where wanted"),
         moved.bar("active elsewhere"),
-        slow.bar("active elsewhere, p99"),
     ]
     for key, name in (("etcdctl", "etcdctl lock"), ("tooz", "tooz on etcd3gw")):
         if f"{key} p50" in rounds:
@@ -146,7 +145,7 @@ def _handovers(rounds: _Rounds, gaps: list[str]) -> Section:
         Chart(
             "handover",
             "From the request to the path",
-            "milliseconds, p50 unless said otherwise; shorter is better; the red line is the target",
+            "milliseconds, p50; shorter is better; the red line is the target",
             "ms",
             (Group("", tuple(bars), 8 * commit),),
         )
