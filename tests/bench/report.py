@@ -20,7 +20,8 @@ def text(machine: dict[str, str], sections: Sequence[Section]) -> str:
     for section in sections:
         lines += ["", section.title]
         lines += [f"  ! {gap}" for gap in section.gaps]
-        lines += _aligned([_row(figure) for figure in section.figures])
+        if section.figures:
+            lines += _aligned([_row(figure) for figure in section.figures])
     return "\n".join([*lines, "", summary(sections)])
 
 
@@ -72,7 +73,7 @@ def _markdown(machine: dict[str, str], sections: Sequence[Section], charts: str)
         lines += ["", f"### {section.title}", ""]
         lines += [section.about, ""] if section.about else []
         for gap in section.gaps:
-            lines += [f"**Not measured:** {gap}", ""]
+            lines += [f"**Missing:** {gap}", ""]
         for chart in section.charts:
             lines += [f"![{chart.title}]({charts}/{chart.name}.svg)", ""]
         if section.figures:
