@@ -491,6 +491,25 @@ async def test_gives_everything_up_when_it_stops(site: Site) -> None:
     assert left.items == ()
 
 
+async def test_takes_no_more_devices_while_it_stops(site: Site) -> None:
+    stopping = await site.controller("a")
+    await site.device("a")
+    await site.assign("a")
+    await site.serving("a")
+    assert not (await site.registered("a")).draining
+    site.running.remove(stopping)
+    site.storage.stuck.add("a")
+    stop = asyncio.create_task(stopping.stop())
+
+    async def announced() -> bool | None:
+        return (await site.registered("a")).draining or None
+
+    await eventually(announced)
+    site.storage.stuck.clear()
+    assert await stop
+    assert await site.find("a") is None
+
+
 async def test_releases_at_once_after_a_crash(site: Site) -> None:
     await site.device("a")
     crashed = await site.controller("a", ttl=60)

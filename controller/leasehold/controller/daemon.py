@@ -3,8 +3,9 @@
 Start: lock the journal (no other controller here); make the gate (what an earlier one let through ends);
 connect; have the drivers prove the past over; register; release what names an earlier instance; watch.
 
-Stop: deactivate and release every device, then revoke the session, then everything else. What can not be
-proved within the time is left as it is, and so is the session: its lease runs out, and successors fence.
+Stop: say so in the registration; deactivate and release every device, then revoke the session, then
+everything else. What can not be proved within the time is left as it is, and so is the session: its lease
+runs out, and successors fence.
 """
 
 import asyncio
@@ -40,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 _CHECKPOINT = 30.0
 """Seconds between checkpoints of the journal."""
+_ANNOUNCING = 1.0
+"""Seconds of the time to stop for telling coordinators."""
 _CLOSING = 6.0
 """Seconds of the time to stop that are kept for what comes after the devices."""
 
@@ -146,7 +149,12 @@ class Daemon:
 
     async def stop(self) -> bool:
         """Give everything up in order. True if everything was released."""
-        clean = await self.agent.stop(self._config.timing.stop - _CLOSING)
+        try:
+            async with asyncio.timeout(_ANNOUNCING):
+                await self.session.drain()
+        except (StoreError, TimeoutError) as error:
+            _log.warning("coordinators do not know yet that this controller stops: %s", error or "no answer")
+        clean = await self.agent.stop(self._config.timing.stop - _CLOSING - _ANNOUNCING)
         if self._session_task is not None:
             self._session_task.cancel()
         if clean:
