@@ -86,6 +86,7 @@ def run(
     device: DeviceName,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
+    mode: request.Mode = "exclusive",
     via: request.Via = "",
     priority: request.Priority = None,
     wait: request.Wait = "",
@@ -97,9 +98,10 @@ def run(
     """Run COMMAND while this machine has a device.
 
     COMMAND finds where the device is in LEASEHOLD_PATH, and what it may want to know besides in
-    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER and LEASEHOLD_REQUEST. It has our standard
-    streams, and signals are passed on to it. When the access is lost or moved, COMMAND and everything it
-    has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it is left.
+    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER, LEASEHOLD_REQUEST and LEASEHOLD_MODE. It has
+    our standard streams, and signals are passed on to it. When the access is lost or moved, COMMAND and
+    everything it has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it
+    is left.
     """
     from leasehold.client import run as runner  # noqa: PLC0415
 
@@ -109,6 +111,7 @@ def run(
     async def work(leasehold: "Leasehold") -> int:
         access = leasehold.access(
             device,
+            mode=mode,
             priority=priority,
             controller=via,
             wait=limit,

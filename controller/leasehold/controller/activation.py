@@ -110,6 +110,8 @@ class Activator:
         named = (holder.controller, holder.instance, holder.session_lease, holder.epoch)
         if named != (hold.me.controller, hold.me.instance, hold.me.session_lease, hold.epoch):
             raise Overtaken(f"it is {holder.controller}'s in epoch {holder.epoch}")
+        if holder.read_only != hold.activation.read_only:
+            raise Overtaken("its hold is for reading only" if holder.read_only else "its hold is for writing")
         if holder.state is HolderState.YIELDING:
             target = holder.target.controller if holder.target else "nobody"
             raise Overtaken(f"told to yield to {target} before it was active")
@@ -178,7 +180,9 @@ class Activator:
         lease = lease_id(hold.lease.id)
         while True:
             whom = serving(state, ranges)
-            reason = f"request {hold.request}" if whom.newcomer else "active"
+            reason = (
+                f"request {hold.request}" if state.holder and whom.newcomer(state.holder.value) else "active"
+            )
             transaction = publish(
                 context.author, state, path=path, device_lease=lease, serving=whom, reason=reason
             )

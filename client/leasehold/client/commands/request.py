@@ -27,12 +27,20 @@ Wait = Annotated[
     str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
 ]
 RequestId = Annotated[str, typer.Option(metavar="ID", help="The id of the request. By default a new one.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help="exclusive; shared, with others that write too; read-only, with others that read.",
+    ),
+]
 Client = Annotated[str, typer.Option(metavar="NAME", help="Who asks, for the history. By default user@host.")]
 
 
 def request(
     device: DeviceName,
     *,
+    mode: Mode = "exclusive",
     via: Via = "",
     priority: Priority = None,
     wait: Wait = "",
@@ -52,7 +60,13 @@ def request(
         coordinator,
         lambda leasehold: one(
             leasehold.submit(
-                device, priority=priority, controller=via, wait=limit, client=client, request=request_id
+                device,
+                mode=mode,
+                priority=priority,
+                controller=via,
+                wait=limit,
+                client=client,
+                request=request_id,
             )
         ),
     )
