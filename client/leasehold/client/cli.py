@@ -19,6 +19,7 @@ from leasehold.client.commands import describe, device, get, history, request, v
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
+from leasehold.client.modes import Mode
 from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
 from leasehold.client.process import DevFailed
 
@@ -86,7 +87,7 @@ def run(
     device: DeviceName,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
-    mode: request.Mode = "exclusive",
+    mode: request.How = Mode.EXCLUSIVE,
     via: request.Via = "",
     priority: request.Priority = None,
     wait: request.Wait = "",

@@ -75,8 +75,8 @@ def submit_granted(
 ) -> Transaction:
     """A new request is granted as it arrives.
 
-    Its device is active where it is wanted, in a hold for its mode, and unused or used in the same mode, which
-    is not EXCLUSIVE.
+    Its device is active where it is wanted, in a hold for its mode. It is unused, or used in the same mode,
+    which is not EXCLUSIVE.
     """
     holder = _serving(state, request.mode)
     change = new_change_id()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leasehold.client.modes import Mode
 from leasehold.client.options import (
     Coordinators,
     DeviceName,
@@ -27,12 +28,9 @@ Wait = Annotated[
     str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
 ]
 RequestId = Annotated[str, typer.Option(metavar="ID", help="The id of the request. By default a new one.")]
-Mode = Annotated[
-    str,
-    typer.Option(
-        metavar="MODE",
-        help="exclusive; shared, with others that write too; read-only, with others that read.",
-    ),
+How = Annotated[
+    Mode,
+    typer.Option("--mode", help="Alone; beside others that write too; beside others that only read as well."),
 ]
 Client = Annotated[str, typer.Option(metavar="NAME", help="Who asks, for the history. By default user@host.")]
 
@@ -40,7 +38,7 @@ Client = Annotated[str, typer.Option(metavar="NAME", help="Who asks, for the his
 def request(
     device: DeviceName,
     *,
-    mode: Mode = "exclusive",
+    mode: How = Mode.EXCLUSIVE,
     via: Via = "",
     priority: Priority = None,
     wait: Wait = "",
