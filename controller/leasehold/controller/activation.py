@@ -5,8 +5,9 @@
    own lease is taken meanwhile.
 3. Every lower epoch that is not proved to be over is fenced: the leases it names are revoked, then its holder
    is given time to notice (not where the device itself refuses it), then the driver fences.
-4. Only *then* a linearizable read that shows this controller, instance, session and epoch. Whoever was given
-   the device before that read is fenced or proved; whoever is given it after fences this epoch.
+4. Only *then* a linearizable read that shows this controller, instance, session and epoch, and whether it may
+   only read. Whoever was given the device before that read is fenced or proved; whoever is given it after
+   fences this epoch.
 5. The gate opens, up to the earlier of both leases' deadlines, and the driver activates.
 6. The record gets the path, and hangs on the device's lease from then on.
 
