@@ -113,7 +113,9 @@ def test_requests_and_history(coordinator: FakeCoordinator) -> None:
         changes=[history_pb2.RecordedChange(change=change)]
     )
     shown = invoke("get", "requests", "--device", "d1", "--ended", coordinator=coordinator)
-    assert shown.stdout.splitlines()[1].split() == ["r1", "d1", "PENDING", "0", "2", "in", "use"]
+    assert shown.stdout.splitlines()[1].split() == [
+        *("r1", "d1", "PENDING", "exclusive", "0", "2", "in", "use")
+    ]
     assert coordinator.calls[-1][1].ended
     shown = invoke("get", "history", "d1", coordinator=coordinator)
     assert shown.stdout.splitlines()[1].split() == ["d1", "3", "TAKEN_OVER", "2", "a", "(expired)", "b"]

@@ -123,16 +123,17 @@ HISTORY = (
 def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) -> None:
     leasehold.answer(ListDevices=devices(device()))
     heading, row = leasehold("get", "devices", "-o", "wide").stdout.splitlines()
-    assert heading.split()[-7:] == [
+    assert heading.split()[-8:] == [
         "DRIVER",
         "CONTROLLERS",
         "TTL",
         "TAKEOVER",
         "CLIENTS",
+        "READ-ONLY",
         "UNRELEASED",
         "ETAG",
     ]
-    assert row.split()[-7:] == ["nbd", "any", "5", "hold-off", "me", "3,7", "11"]
+    assert row.split()[-8:] == ["nbd", "any", "5", "hold-off", "me", "no", "3,7", "11"]
     assert leasehold("get", "devices", "-o", "name").stdout == "d1\n"
     as_json = json.loads(leasehold("get", "devices", "-o", "json").stdout)
     assert yaml.safe_load(leasehold("get", "devices", "-o", "yaml").stdout) == as_json
@@ -192,12 +193,12 @@ def test_watching_requests_shows_their_end(leasehold: CommandLine) -> None:
             status=request(state=records_pb2.REQUEST_STATE_EXPIRED, position=0)
         ),
     )
-    rows = [line.split()[:5] for line in leasehold("get", "requests", "--watch").stdout.splitlines()]
+    rows = [line.split()[:6] for line in leasehold("get", "requests", "--watch").stdout.splitlines()]
     assert rows[1:] == [
-        ["r2", "d1", "PENDING", "50", "1"],
-        ["r3", "d1", "PENDING", "50", "2"],
-        ["r3", "d1", "PENDING", "50", "1"],
-        ["r2", "d1", "EXPIRED", "50", "you"],
+        ["r2", "d1", "PENDING", "exclusive", "50", "1"],
+        ["r3", "d1", "PENDING", "exclusive", "50", "2"],
+        ["r3", "d1", "PENDING", "exclusive", "50", "1"],
+        ["r2", "d1", "EXPIRED", "exclusive", "50", "you"],
     ]
 
 
@@ -254,10 +255,11 @@ def test_describe_device(leasehold: CommandLine) -> None:
         "Epoch: 7",
         "Unreleased: epoch 3 of z",
         "Parameter: backing=/x",
+        "Serves: for reading and writing",
         "a could be given it",
         "b is draining",
-        "r1 me a 7 then",
-        "1 r2 you 50 then d1 is in use",
+        "r1 me exclusive a 7 then",
+        "1 r2 you exclusive 50 then d1 is in use",
         "2026-01-31T11:59:00Z ACTIVATED 7 z a r1 reason 2",
     ):
         assert line in lines

@@ -60,6 +60,20 @@ def test_what_is_asked_for_is_taken_over() -> None:
     assert (request.wait_seconds, request.state) == (60, RequestState.PENDING)
 
 
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({}, AccessMode.EXCLUSIVE),
+        ({"mode": 0}, AccessMode.EXCLUSIVE),
+        ({"mode": 1}, AccessMode.EXCLUSIVE),
+        ({"mode": 2}, AccessMode.SHARED),
+        ({"mode": 3}, AccessMode.READ_ONLY),
+    ],
+)
+def test_a_mode_is_taken_over(given: Mapping[str, int], mode: AccessMode) -> None:
+    assert asked("r", asking(**given)).mode is mode
+
+
 @pytest.mark.parametrize(("given", "priority"), [({}, 50), ({"priority": 0}, 0), ({"priority": 100}, 100)])
 def test_a_priority_of_nought_is_not_an_absent_one(given: Mapping[str, int], priority: int) -> None:
     assert asked("r", asking(**given)).priority == priority
@@ -97,7 +111,9 @@ def test_hostile_specs_are_refused(text: str) -> None:
         ({"priority": 2**31 - 1}, "priority"),
         ({"wait_seconds": -1}, "wait_seconds"),
         ({"wait_seconds": LONGEST_WAIT + 1}, "wait_seconds"),
+        ({"mode": 4}, "mode"),
         ({"mode": 99}, "mode"),
+        ({"mode": -1}, "mode"),
         ({"client": "x" * 254}, "client"),
         ({"client": "x" * (1 << 20)}, "client"),
         ({"client": "a\0b"}, "client"),
@@ -158,7 +174,14 @@ def test_a_spec_that_can_not_be_is_refused(fields: Mapping[str, Any], field: str
 
 @pytest.mark.parametrize(
     "fields",
-    [{"priority": 51}, {"client": "other"}, {"controller": "a"}, {"wait_seconds": 1}, {"device": "d10"}],
+    [
+        {"priority": 51},
+        {"client": "other"},
+        {"controller": "a"},
+        {"wait_seconds": 1},
+        {"device": "d10"},
+        {"mode": 3},
+    ],
 )
 def test_the_same_id_with_another_spec_is_refused(fields: Mapping[str, Any]) -> None:
     content = Content(*pending("r"))

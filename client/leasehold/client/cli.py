@@ -19,6 +19,7 @@ from leasehold.client.commands import describe, device, get, history, request, v
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
+from leasehold.client.modes import Mode
 from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
 from leasehold.client.process import DevFailed
 
@@ -86,6 +87,7 @@ def run(
     device: DeviceName,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
+    mode: request.How = Mode.EXCLUSIVE,
     via: request.Via = "",
     priority: request.Priority = None,
     wait: request.Wait = "",
@@ -97,9 +99,10 @@ def run(
     """Run COMMAND while this machine has a device.
 
     COMMAND finds where the device is in LEASEHOLD_PATH, and what it may want to know besides in
-    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER and LEASEHOLD_REQUEST. It has our standard
-    streams, and signals are passed on to it. When the access is lost or moved, COMMAND and everything it
-    has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it is left.
+    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER, LEASEHOLD_REQUEST and LEASEHOLD_MODE. It has
+    our standard streams, and signals are passed on to it. When the access is lost or moved, COMMAND and
+    everything it has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it
+    is left.
     """
     from leasehold.client import run as runner  # noqa: PLC0415
 
@@ -109,6 +112,7 @@ def run(
     async def work(leasehold: "Leasehold") -> int:
         access = leasehold.access(
             device,
+            mode=mode,
             priority=priority,
             controller=via,
             wait=limit,

@@ -17,6 +17,7 @@ from leasehold.client.changes import Progress
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import TimedOut
+from leasehold.client.modes import mode_number
 from leasehold.client.tls import Security
 from leasehold.v1 import (
     access_pb2,
@@ -68,6 +69,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -77,6 +79,8 @@ class Leasehold:
     ) -> Access:
         """Access to `device`, granted once the result is entered.
 
+        mode: "exclusive"; "shared" with others that write too and ask for the same; "read-only" beside others
+            that only read, under a path that refuses writes.
         priority: 0 to 100, higher goes first; None means 50.
         controller: the only one to be served by; empty means any.
         wait: seconds to wait at most; None waits without limit.
@@ -84,7 +88,7 @@ class Leasehold:
         request: its id, by which a later process finds the same request again; by default a new one.
         progress: called with the reason of every wait, from the event loop.
         """
-        spec = _access_spec(device, priority, controller, wait, client)
+        spec = _access_spec(device, priority, controller, wait, client, mode=mode)
         asked = access_pb2.RequestAccessRequest(request_id=request or secrets.token_hex(8), spec=spec)
         return Access(self, asked, wait, progress)
 
@@ -92,6 +96,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -105,7 +110,7 @@ class Leasehold:
         """
         asked = access_pb2.SubmitAccessRequest(
             request_id=request or secrets.token_hex(8),
-            spec=_access_spec(device, priority, controller, wait, client),
+            spec=_access_spec(device, priority, controller, wait, client, mode=mode),
         )
         answer: access_pb2.SubmitAccessResponse = await self._ask(stubs.access, "SubmitAccess", asked)
         return answer.status
@@ -295,12 +300,12 @@ class Leasehold:
 
 
 def _access_spec(
-    device: str, priority: int | None, controller: str, wait: float | None, client: str
+    device: str, priority: int | None, controller: str, wait: float | None, client: str, *, mode: str
 ) -> access_pb2.AccessSpec:
     spec = access_pb2.AccessSpec(
         device=device,
         client=client or default_client(),
-        mode=records_pb2.ACCESS_MODE_EXCLUSIVE,
+        mode=mode_number(mode),
         controller=controller,
         wait_seconds=wait_seconds(wait),
     )

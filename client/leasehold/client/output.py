@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from leasehold.client.modes import mode_name
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 LEAST_WIDTH = 11
@@ -68,6 +69,9 @@ DEVICES = Kind(
         "TTL": lambda status: str(status.device.ttl_seconds or ""),
         "TAKEOVER": lambda status: takeover(status.device),
         "CLIENTS": lambda status: ",".join(grant.client for grant in status.grants),
+        "READ-ONLY": lambda status: (
+            ("yes" if status.holder.read_only else "no") if status.holder.epoch else ""
+        ),
         "UNRELEASED": lambda status: ",".join(str(item.epoch) for item in status.epochs.unreleased),
         "ETAG": lambda status: status.etag,
     },
@@ -106,6 +110,7 @@ REQUESTS = Kind(
         "REQUEST": lambda status: status.request.request,
         "DEVICE": lambda status: status.request.device,
         "STATE": request_state,
+        "MODE": lambda status: mode_name(status.request.mode),
         "PRIORITY": lambda status: str(status.request.priority),
         "POSITION": lambda status: str(status.position or ""),
         "CLIENT": lambda status: status.request.client,

@@ -69,6 +69,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -79,6 +80,7 @@ class Leasehold:
         """See `leasehold.client.Leasehold.access`. `progress` is called in the background thread."""
         inner = self._inner.access(
             device,
+            mode=mode,
             priority=priority,
             controller=controller,
             wait=wait,
@@ -92,6 +94,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -99,7 +102,13 @@ class Leasehold:
         request: str = "",
     ) -> access_pb2.AccessStatus:
         submitted = self._inner.submit(
-            device, priority=priority, controller=controller, wait=wait, client=client, request=request
+            device,
+            mode=mode,
+            priority=priority,
+            controller=controller,
+            wait=wait,
+            client=client,
+            request=request,
         )
         return self.wait(submitted)
 
@@ -239,6 +248,10 @@ class Access:
     @property
     def revision(self) -> int:
         return self._inner.revision
+
+    @property
+    def mode(self) -> str:
+        return self._inner.mode
 
     @property
     def request(self) -> str:

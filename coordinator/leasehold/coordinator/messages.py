@@ -32,6 +32,7 @@ def standing_access(state: DeviceState, request: RequestId) -> access_pb2.Access
         controller=grant.controller,
         epoch=grant.epoch,
         revision=state.revision,
+        mode=records_pb2.AccessMode.Value(f"ACCESS_MODE_{grant.mode}"),
     )
 
 
