@@ -203,7 +203,7 @@ def test_a_role_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monkey
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: ())
     result = invoke("coordinator", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "pip install 'leasehold[coordinator]'" in result.stderr
 
 
@@ -217,7 +217,7 @@ def test_a_role_whose_extra_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: (_Broken(),))
     result = invoke("controller", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "needs grpc_health" in result.stderr
     assert "pip install 'leasehold[controller]'" in result.stderr
 
