@@ -19,9 +19,8 @@ def made(message: Callable[..., M], **fields: Any) -> M:
             try:
                 message(**{name: value})
             except (ValueError, TypeError) as error:
-                shown = repr(value)
                 raise BadRequest(
-                    f"{name} {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'} can not be sent: {error}",
+                    f"{name} {repr(value)[:_SHOWN]} can not be sent: {error}",
                     "INVALID_FIELD",
                     {"field": name},
                 ) from error

@@ -58,7 +58,7 @@ class Checker:
         self._credentials = tls.client() if tls else None
 
     async def check(self, spec: Device) -> None:
-        """Raises `ApiError` unless the device that `spec` describes could be served by one that may hold it."""
+        """Raises `ApiError` unless one that may hold the device that `spec` describes could serve it."""
         registered = await self._registered()
         having = [found for found in registered.values() if spec.driver in found.drivers]
         if not having:
@@ -99,7 +99,10 @@ class Checker:
         return [task.result() for task in tasks]
 
     async def _ask(self, spec: Device, controller: Controller) -> str:
-        """Why `controller` could not serve the device, empty if it could. Raises `ApiError` if nobody could."""
+        """Why `controller` could not serve the device, empty if it could.
+
+        Raises `ApiError` if nobody could: the driver can not use a parameter.
+        """
         if not controller.endpoint:
             return "it does not say where to ask it"
         request = checks_pb2.CheckDeviceRequest(device=cast("records_pb2.Device", to_message(spec)))

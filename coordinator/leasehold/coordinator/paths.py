@@ -1,7 +1,7 @@
 """The paths that clients get: the driver's own, or what a device's `path_template` makes of it.
 
-A template is a URI with fields: `nbd://{data_host}:10809/{device}-{epoch}`, or `{path}?tls=on`. A field is filled
-in as it is, and nothing else can stand in braces:
+A template is a URI with fields: `nbd://{data_host}:10809/{device}-{epoch}`, or `{path}?tls=on`. A field is
+filled in as it is, and nothing else can stand in braces:
 
     {device}      the device's id
     {controller}  the holder's name

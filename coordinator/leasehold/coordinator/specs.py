@@ -4,11 +4,11 @@ A spec is no part of who holds what, so it is not written by an ownership transa
 the spec that it has read, and a successor fences with the one that it reads; so what these transactions may
 change depends on the holder and the epochs, and each compares both.
 
-    while                      driver, parameters   controllers           path_template   ttl_seconds, takeover
-    -----------------------------------------------------------------------------------------------------------
+    while                      driver, parameters   controllers           path_template   ttl, takeover
+    -----------------------------------------------------------------------------------------------------
     ACTIVATING or YIELDING     no                   no                    no              no
-    ACTIVE                     no                   if the holder stays   if no client    yes, from the next
-                                                                          has access      epoch on
+    ACTIVE                     no                   if the holder stays   if no client    yes, from the
+                                                                          has access      next epoch on
     not held, but unreleased   no                   yes                   yes             yes
     free                       yes                  yes                   yes             yes
 
@@ -201,7 +201,8 @@ def _updatable(view: DeviceView, spec: Device, etag: str) -> Stored[Device]:
         raise _not_updated(
             view,
             fixed[0],
-            f"{who} it as it was: only controllers, path_template, ttl_seconds and takeover may change until it is free",
+            f"{who} it as it was: only controllers, path_template, ttl_seconds and takeover may change until"
+            " it is free",
         )
     if "path_template" in fields and holder is not None and state.grants:
         clients = ", ".join(grant.value.client for grant in state.grants)
