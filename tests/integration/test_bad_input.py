@@ -1,5 +1,5 @@
-"""What can not be is answered by a sentence that names it, and leaves nothing behind: on daemons as processes and
-on the command line. etcd is dumped before and after, and is the same.
+"""What can not be is answered by a sentence that names it, and leaves nothing behind, by daemons as processes
+and on the command line. etcd is dumped before and after, and is the same.
 """
 
 import asyncio
@@ -60,8 +60,8 @@ ETCD = '[etcd]\nendpoints = ["{etcd}"]\nthrowaway = true\n'
 BOTH = (
     ("x", r"not TOML"),
     ("", r"name: missing"),
-    ('name = "../x"\nstate_dir = "s"', r"'\.\./x' is not an id"),
-    ('name = 7\nstate_dir = "s"', r"name: expected str, found 7"),
+    ('name = "../x"{state}', r"'\.\./x' is not an id"),
+    ("name = 7{state}", r"name: expected str, found 7"),
     ("{base}sesion_ttl = 3", r"sesion_ttl: no such setting; there are "),
     ("{base}session_ttl = 1", r"2 s <= session_ttl <= 600 s does not hold: it is 1 s"),
     ("{base}session_ttl = 100000000000000000000", r"session_ttl <= 600 s does not hold"),
@@ -135,6 +135,7 @@ def test_a_daemon_refuses_its_file(
         values = {
             "{base}": STATE if role == "controller" else NAME,
             "{etcd_table}": ETCD.replace("{etcd}", cluster.etcd_endpoint),
+            "{state}": '\nstate_dir = "s"' if role == "controller" else "",
             "{taken}": taken,
             "{tmp}": str(tmp_path),
         }
@@ -145,9 +146,12 @@ def test_a_daemon_refuses_its_file(
         # The end of its output is the end of every process that it may have started.
         done = _process("-m", "leasehold.client.daemon", role, str(file))
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    # Besides, gRPC has a word of its own for a port in use, and an old etcd gets a warning.
+    (line,) = (line for line in done.stderr.splitlines() if " ERROR " in line)
     assert re.search(f" ERROR .*{told}", line), line
-    if "{taken}" not in told and "ERROR   leasehold-" in line:
+    if "ERROR   leasehold-" in line:
+        # Nothing but the file was looked at yet.
         assert f"{file}: " in line
         assert not (tmp_path / "state").exists()
 
