@@ -183,7 +183,7 @@ def test_the_help_documents_the_codes() -> None:
 
 def test_without_coordinators(coordinator: FakeCoordinator) -> None:
     result = invoke("get", "devices")
-    assert result.exit_code == exits.BAD_REQUEST
+    assert result.exit_code == exits.USAGE
     assert "LEASEHOLD_COORDINATORS" in result.stderr
     coordinator.answers["ListDevices"] = lambda _: devices_pb2.ListDevicesResponse()
     assert invoke("get", "devices", "-c", coordinator.endpoint).exit_code == 0

@@ -119,11 +119,12 @@ HISTORY = (
 def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) -> None:
     leasehold.answer(ListDevices=devices(device()))
     heading, row = leasehold("get", "devices", "-o", "wide").stdout.splitlines()
-    assert heading.split()[-7:] == [
+    assert heading.split()[-8:] == [
         "DRIVER",
         "CONTROLLERS",
         "TTL",
         "TAKEOVER",
+        "TEMPLATE",
         "CLIENTS",
         "UNRELEASED",
         "ETAG",
@@ -132,6 +133,18 @@ def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) 
     assert leasehold("get", "devices", "-o", "name").stdout == "d1\n"
     as_json = json.loads(leasehold("get", "devices", "-o", "json").stdout)
     assert yaml.safe_load(leasehold("get", "devices", "-o", "yaml").stdout) == as_json
+
+
+def test_the_path_is_the_one_that_clients_get(leasehold: CommandLine) -> None:
+    told = device()
+    told.holder.path = "nbd://h:1/d1-4"
+    leasehold.answer(ListDevices=devices(told))
+    # What a coordinator says that knows of no templates.
+    assert "nbd://h:1/d1-4" in leasehold("get", "devices").stdout.split()
+    told.device.path_template = "{path}?x"
+    assert "nbd://" not in leasehold("get", "devices").stdout, "no client gets this one"
+    told.path = "nbd://h:1/d1-4?x"
+    assert "nbd://h:1/d1-4?x" in leasehold("get", "devices").stdout.split()
 
 
 def test_a_deleted_device_is_not_shown_unless_asked_for(leasehold: CommandLine) -> None:
@@ -399,7 +412,7 @@ def test_the_own_version_is_told_without_a_cluster(leasehold: CommandLine) -> No
     assert (result.exit_code, result.stdout.split()[-1]) == (0, own)
     leasehold.coordinator.endpoint = "not an address"
     result = leasehold("version")
-    assert (result.exit_code, result.stdout.split()[-1]) == (exits.BAD_REQUEST, own)
+    assert (result.exit_code, result.stdout.split()[-1]) == (exits.USAGE, own)
 
 
 def test_coordinators(leasehold: CommandLine) -> None:
