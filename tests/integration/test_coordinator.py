@@ -1077,14 +1077,14 @@ async def test_a_device_that_is_used_can_not_be_deleted(
     # One of the same id goes on where the other left off.
     spec = records_pb2.Device(device=DISK, driver="nbd")
     for _ in range(2):
-        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
+        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec, unchecked=True))
     assert (await door.granted("s")).access.epoch == 2
 
 
 async def test_a_device_is_not_made_another(installation: Installation, door: Door) -> None:
     spec = records_pb2.Device(device=DISK, driver="nbd", ttl_seconds=20)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
+        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec, unchecked=True))
     assert refusal(raised.value) == (
         *(grpc.StatusCode.ALREADY_EXISTS, "DEVICE_EXISTS"),
         {"device": DISK},

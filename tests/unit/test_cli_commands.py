@@ -185,7 +185,7 @@ def test_the_help_documents_the_codes() -> None:
 
 def test_without_coordinators(coordinator: FakeCoordinator) -> None:
     result = invoke("get", "devices")
-    assert result.exit_code == exits.BAD_REQUEST
+    assert result.exit_code == exits.USAGE
     assert "LEASEHOLD_COORDINATORS" in result.stderr
     coordinator.answers["ListDevices"] = lambda _: devices_pb2.ListDevicesResponse()
     assert invoke("get", "devices", "-c", coordinator.endpoint).exit_code == 0
@@ -205,7 +205,7 @@ def test_a_role_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monkey
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: ())
     result = invoke("coordinator", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "pip install 'leasehold[coordinator]'" in result.stderr
 
 
@@ -219,7 +219,7 @@ def test_a_role_whose_extra_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: (_Broken(),))
     result = invoke("controller", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "needs grpc_health" in result.stderr
     assert "pip install 'leasehold[controller]'" in result.stderr
 

@@ -123,11 +123,12 @@ HISTORY = (
 def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) -> None:
     leasehold.answer(ListDevices=devices(device()))
     heading, row = leasehold("get", "devices", "-o", "wide").stdout.splitlines()
-    assert heading.split()[-8:] == [
+    assert heading.split()[-9:] == [
         "DRIVER",
         "CONTROLLERS",
         "TTL",
         "TAKEOVER",
+        "TEMPLATE",
         "CLIENTS",
         "READ-ONLY",
         "UNRELEASED",
@@ -137,6 +138,26 @@ def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) 
     assert leasehold("get", "devices", "-o", "name").stdout == "d1\n"
     as_json = json.loads(leasehold("get", "devices", "-o", "json").stdout)
     assert yaml.safe_load(leasehold("get", "devices", "-o", "yaml").stdout) == as_json
+
+
+@pytest.mark.parametrize(
+    ("template", "path", "shown"),
+    [
+        # From a coordinator that knows of no templates.
+        ("", "", ["nbd://h/d1-7"]),
+        ("{path}?x", "nbd://h/d1-7?x", ["nbd://h/d1-7?x"]),
+        # The driver's own is no path for clients.
+        ("{path}?x", "", []),
+    ],
+)
+def test_the_path_is_the_one_that_clients_get(
+    leasehold: CommandLine, template: str, path: str, shown: list[str]
+) -> None:
+    told = device()
+    told.device.path_template, told.path = template, path
+    leasehold.answer(ListDevices=devices(told))
+    words = leasehold("get", "devices").stdout.split()
+    assert [word for word in words if word.startswith("nbd://")] == shown
 
 
 def test_a_deleted_device_is_not_shown_unless_asked_for(leasehold: CommandLine) -> None:
@@ -407,7 +428,7 @@ def test_the_own_version_is_told_without_a_cluster(leasehold: CommandLine) -> No
     assert (result.exit_code, result.stdout.split()[-1]) == (0, own)
     leasehold.coordinator.endpoint = "not an address"
     result = leasehold("version")
-    assert (result.exit_code, result.stdout.split()[-1]) == (exits.BAD_REQUEST, own)
+    assert (result.exit_code, result.stdout.split()[-1]) == (exits.USAGE, own)
 
 
 def test_coordinators(leasehold: CommandLine) -> None:

@@ -59,6 +59,7 @@ FULL: tuple[Record, ...] = (
         controllers=(A, B),
         ttl_seconds=7,
         takeover=TakeoverPolicy.STRICT,
+        path_template="nbd://{data_host}:10809/{device}-{epoch}",
     ),
     Controller(
         controller=A,

@@ -43,7 +43,7 @@ class _Group(typer.core.TyperGroup):
             raise typer.Exit(exits.code_of(error)) from error
         except (NotInstalled, NoEtcd) as error:
             say(str(error))
-            raise typer.Exit(exits.CONFIG) from error
+            raise typer.Exit(exits.USAGE) from error
         except DevFailed as error:
             say(str(error))
             raise typer.Exit(exits.FAULT) from error
@@ -155,6 +155,7 @@ def dev(
     """
     from leasehold.client.dev import DevCluster  # noqa: PLC0415
 
+    _made(directory)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -171,6 +172,7 @@ def demo(directory: Directory = None) -> None:
     """Show on a cluster of its own that what is promised holds, with the times it takes."""
     from leasehold.client import demo as demonstration  # noqa: PLC0415
 
+    _made(directory)
     raise typer.Exit(demonstration.show(directory, say))
 
 
@@ -194,9 +196,17 @@ def _progress(device: str) -> "Callable[[Progress], None]":
     return tell
 
 
+def _made(directory: Path | None) -> None:
+    try:
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}", param_hint="--directory") from error
+
+
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
-    if match is None:
+    match = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
+    if match is None or not int(match[1]):
         raise typer.BadParameter(f"{text!r} is no size: bytes, or with K, M, G", param_hint="--size")
     return int(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]]
 

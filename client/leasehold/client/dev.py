@@ -187,8 +187,13 @@ class DevCluster:
         """Make one more device, with an image of its own, eligible on `controllers` or all."""
         image = self.device_image(device)
         image.parent.mkdir(exist_ok=True)
-        with image.open("ab") as file:
-            file.truncate(self._size if size is None else size)
+        try:
+            with image.open("ab") as file:
+                file.truncate(self._size if size is None else size)
+        except OSError as error:
+            raise DevFailed(
+                f"the image of device {device} was not made: {image}: {error.strerror}"
+            ) from error
         spec = records_pb2.Device(
             version=1,
             device=device,

@@ -35,7 +35,9 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
         gained = [item for item in history if item.change.kind in _GAINED]
         held = _last(item for item in gained if item.change.epoch == holder.epoch)
         fields += [("Holder", _since(holder.controller, held)), ("Instance", holder.instance)]
-        fields += [("Path", holder.path)] if holder.path else []
+        path = output.device_path(status)
+        fields += [("Path", path)] if path else []
+        fields += [("Driver's path", holder.path)] if holder.path and holder.path != path else []
         fields += [("Serves", "for reading only" if holder.read_only else "for reading and writing")]
         fields += [("Yields to", holder.target.controller)] if holder.HasField("target") else []
     fields.append(("Epoch", str(status.epochs.epoch or "none yet")))
@@ -52,6 +54,7 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
             ("Controllers", ", ".join(spec.controllers) or "any that has the driver"),
             ("TTL", f"{spec.ttl_seconds} s" if spec.ttl_seconds else "the default"),
             ("Takeover", output.takeover(spec)),
+            *([("Path template", spec.path_template)] if spec.path_template else []),
             ("Etag", status.etag),
         ]
     able = [(item.controller, item.hindrance or "could be given it") for item in status.candidates]

@@ -45,11 +45,16 @@ _FROM_THE_WIRE = (
 """Statuses that gRPC makes up itself when a connection breaks or stalls: without our ErrorInfo they say
 nothing about the request."""
 
+_TOO_LARGE = "larger than max"
+"""gRPC's words for a message over the limit of its receiver: no later attempt will do better."""
+
 
 def from_rpc(error: grpc.aio.AioRpcError) -> LeaseholdError:
     """The error of this tree that a failed call stands for."""
     info = _error_info(error)
     message = error.details() or error.code().name
+    if info is None and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
+        return BadRequest(message, "TOO_LARGE")
     if info is None:
         kind = NoCoordinator if error.code() in _FROM_THE_WIRE else _KINDS.get(error.code(), ServerError)
         return kind(message, error.code().name)

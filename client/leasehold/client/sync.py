@@ -130,7 +130,9 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         made = self._inner.create_device(
             device,
@@ -139,7 +141,9 @@ class Leasehold:
             controllers=controllers,
             ttl=ttl,
             strict=strict,
+            path_template=path_template,
             validate_only=validate_only,
+            unchecked=unchecked,
         )
         return self.wait(made)
 
@@ -152,8 +156,10 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         etag: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         updated = self._inner.update_device(
             device,
@@ -162,8 +168,10 @@ class Leasehold:
             controllers=controllers,
             ttl=ttl,
             strict=strict,
+            path_template=path_template,
             etag=etag,
             validate_only=validate_only,
+            unchecked=unchecked,
         )
         return self.wait(updated)
 

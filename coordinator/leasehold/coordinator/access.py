@@ -168,12 +168,12 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         """Take the access out of `status` if its controller does not answer."""
         name = ControllerId(status.access.controller)
         registered = self._cluster.controllers.get(name)
-        silence = (
-            f"{name} is not registered" if registered is None else await self._peers.silence(registered.value)
+        absence = (
+            f"{name} is not registered" if registered is None else await self._peers.absence(registered.value)
         )
-        if silence:
+        if absence:
             status.ClearField("access")
-            status.reason = silence
+            status.reason = absence
 
     async def _cancel(self, request: RequestId) -> None:
         for _ in range(ATTEMPTS):

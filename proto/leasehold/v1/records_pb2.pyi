@@ -237,6 +237,7 @@ class Device(google.protobuf.message.Message):
     CONTROLLERS_FIELD_NUMBER: builtins.int
     TTL_SECONDS_FIELD_NUMBER: builtins.int
     TAKEOVER_FIELD_NUMBER: builtins.int
+    PATH_TEMPLATE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -247,6 +248,10 @@ class Device(google.protobuf.message.Message):
     """TTL of the lease that keeps a holder, in seconds; 0 means the default of 10."""
     takeover: global___TakeoverPolicy.ValueType
     """How long a takeover waits."""
+    path_template: builtins.str
+    """The URI that clients get instead of the driver's path, in which {device}, {controller}, {data_host},
+    {epoch} and {path} are filled in, the last being the driver's path itself; empty for the driver's path.
+    """
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The driver's parameters."""
@@ -265,8 +270,9 @@ class Device(google.protobuf.message.Message):
         controllers: collections.abc.Iterable[builtins.str] | None = ...,
         ttl_seconds: builtins.int = ...,
         takeover: global___TakeoverPolicy.ValueType = ...,
+        path_template: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "device", b"device", "driver", b"driver", "parameters", b"parameters", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "device", b"device", "driver", b"driver", "parameters", b"parameters", "path_template", b"path_template", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
 
 global___Device = Device
 
@@ -504,7 +510,7 @@ class Holder(google.protobuf.message.Message):
     state: global___HolderState.ValueType
     """What it is doing."""
     path: builtins.str
-    """Where clients reach the device; set when ACTIVE."""
+    """Where the driver serves the device; set when ACTIVE. What clients get is made from it."""
     request: builtins.str
     """The access request this hold was made for."""
     path_exposed: builtins.bool

@@ -138,6 +138,7 @@ class Device:
     controllers: tuple[ControllerId, ...] = ()
     ttl_seconds: int = 0
     takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF
+    path_template: str = ""
 
     @property
     def ttl(self) -> int:
