@@ -19,7 +19,7 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.journal import JournalLocked
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.session import NameTaken
-from leasehold.store import ownership
+from leasehold.store import ownership, requests
 from leasehold.store.codec import decode, encode
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.errors import OutcomeUnknown
@@ -306,6 +306,14 @@ async def test_each_epoch_is_activated_for_what_its_record_says(site: Site) -> N
     await site.direct("a", AccessMode.READ_ONLY)
     await site.serving("a", epoch=3)
     assert site.drivers["a"].read_only == {1: True, 2: False, 3: True}
+    # From here on a reader says what it is for, even if the record of the one that crashes is gone.
+    installation = site.installation
+    reader = await installation.submitted("r1", mode=AccessMode.READ_ONLY)
+    assert reader.client is not None
+    state, queue = await installation.state(), await installation.queue()
+    await installation.apply(
+        requests.grant(installation.keys, state, queue, reader.request, reader.client, reason="test")
+    )
     await site.direct("b")
     await site.serving("b", epoch=4)
     await site.direct("a")

@@ -141,7 +141,8 @@ class DeviceState:
     def successor_reads_only(self) -> bool:
         """Whether who is given the device next, for nobody in particular, is to hold it for reading only.
 
-        So the clients decide that have access; without any, what the holder is or is about to be replaced by.
+        So the clients decide that have access; without any, what the holder is or is about to be replaced by;
+        and if nothing tells, it is to read and write.
         """
         if self.grants:
             return all(grant.value.mode.read_only for grant in self.grants)
