@@ -53,6 +53,13 @@ class Failure(Exception):
         self.message = message
         self.metadata = metadata
 
+    @classmethod
+    def busy(cls, retry_after: float, message: str = "no room now") -> "Failure":
+        """There is no room; in `retry_after` seconds there may be."""
+        failure = cls(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MUCH", message)
+        failure.retry_after = retry_after
+        return failure
+
     async def abort(self, context: _Context) -> None:
         if not self.reason:
             await context.abort(self.code, self.message)
@@ -107,6 +114,10 @@ class FakeSession:
     def fail(self, code: grpc.StatusCode, reason: str = "", message: str = "", **metadata: str) -> None:
         """End the stream with an error."""
         self._events.put_nowait(Failure(code, reason, message, **metadata))
+
+    def busy(self, retry_after: float, message: str = "no room now") -> None:
+        """End the stream: there is no room; in `retry_after` seconds there may be."""
+        self._events.put_nowait(Failure.busy(retry_after, message))
 
     async def serve(self, context: _Context) -> AsyncIterator[access_pb2.RequestAccessResponse]:
         try:

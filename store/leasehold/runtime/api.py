@@ -141,11 +141,18 @@ async def streaming(
             async for event in events:
                 await _send(context, event, stall)
     except (asyncio.CancelledError, grpc.aio.BaseError):
-        # The client has left.
         raise
     except Exception as error:  # noqa: BLE001 - the edge: every error becomes an answer
-        # Comes to an end no sooner than the client reads or leaves.
-        await ApiError.of(error).abort(context)
+        await _end(context, ApiError.of(error))
+
+
+async def _end(context: "grpc.aio.ServicerContext[Any, Any]", error: ApiError) -> None:
+    """Returns no sooner than a client that did not read does, or leaves."""
+    try:
+        await error.abort(context)
+    except grpc.aio.InternalError as unsent:
+        # It left. gRPC would take that for a fault of ours.
+        raise asyncio.CancelledError from unsent
 
 
 async def _send(context: "grpc.aio.ServicerContext[Any, Any]", event: Any, stall: float) -> None:
