@@ -13,11 +13,16 @@ from grpc_status import rpc_status
 
 from etcd_server import free_port
 from installation import Installation
+from leasehold.client import Busy
+from leasehold.client.status import from_rpc
 from leasehold.controller.relay import METHODS, SERVICES, Relay
-from leasehold.runtime.api import ApiError, ApiServer, answering
+from leasehold.runtime.api import ApiError, ApiServer, Exhausted, answering
 from leasehold.store.codec import encode
 from leasehold.store.records import Coordinator, CoordinatorId, InstanceId, lease_number
 from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc
+
+STALL = 1.0
+"""Seconds for which a client may leave a stream unread."""
 
 
 class Access(access_pb2_grpc.AccessServiceServicer):
@@ -36,6 +41,8 @@ class Access(access_pb2_grpc.AccessServiceServicer):
                 raise ApiError(grpc.StatusCode.NOT_FOUND, "NO_REQUEST", "there is none", request="none")
             if request.request_id == "unknown":
                 raise ApiError(grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN", "read back")
+            if request.request_id == "too-much":
+                raise Exhausted("QUEUE_FULL", "it is full", 2.5)
             status = access_pb2.AccessStatus(reason=self.name)
             return access_pb2.GetAccessResponse(status=status)
 
@@ -47,6 +54,11 @@ class Access(access_pb2_grpc.AccessServiceServicer):
         for position in (3, 2, 1):
             queued = access_pb2.Queued(position=position, reason=self.name)
             yield access_pb2.RequestAccessResponse(request_id=request.request_id, queued=queued)
+        if request.request_id == "endless":
+            context.add_done_callback(lambda _: self.cancelled.set())
+            while True:
+                queued = access_pb2.Queued(position=1, reason="x" * 1000)
+                yield access_pb2.RequestAccessResponse(request_id=request.request_id, queued=queued)
         if request.request_id == "breaks":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "in the middle")
         try:
@@ -60,7 +72,7 @@ class Relayed:
 
     def __init__(self, installation: Installation) -> None:
         self.installation = installation
-        self.relay = Relay("a")
+        self.relay = Relay("a", stall=STALL)
         self.front = ApiServer("127.0.0.1:0", SERVICES)
         self.front.server.add_generic_rpc_handlers((self.relay,))
         self.servers: list[ApiServer] = []
@@ -154,6 +166,7 @@ async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:
     [
         ("none", grpc.StatusCode.NOT_FOUND, "NO_REQUEST"),
         ("unknown", grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"),
+        ("too-much", grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     ],
 )
 async def test_keeps_the_details_of_an_error(
@@ -164,6 +177,10 @@ async def test_keeps_the_details_of_an_error(
         await relayed.get(request_id)
     assert caught.value.code() is code
     assert reason(caught.value) == why
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        failure = from_rpc(caught.value)
+        assert isinstance(failure, Busy)
+        assert failure.retry_after == 2.5
     # An error with details is an answer: nobody else is asked.
     assert len(one.calls) + len(two.calls) == 1
 
@@ -196,6 +213,28 @@ async def test_passes_a_stream_through_until_the_client_leaves(relayed: Relayed)
     call.cancel()
     async with asyncio.timeout(5):
         await coordinator.cancelled.wait()
+
+
+async def read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_a_client_that_reads_nothing_of_a_stream_is_dropped(relayed: Relayed) -> None:
+    coordinator = await relayed.coordinator("c1")
+    await relayed.get("r0")
+    # A window of a few hundred bytes, which does not grow.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{relayed.front.port}", options=options) as channel:
+        stub: Any = access_pb2_grpc.AccessServiceStub(channel)
+        call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id="endless"))
+        await call.read()
+        async with asyncio.timeout(10):
+            await coordinator.cancelled.wait()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_the_end(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason(caught.value) == "SLOW_READER"
 
 
 async def test_a_stream_that_breaks_is_not_begun_again(relayed: Relayed) -> None:

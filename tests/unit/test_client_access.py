@@ -360,6 +360,49 @@ async def test_a_coordinator_that_forgets_the_wait_does_not_prolong_it(
     await soon(session.closed.wait())
 
 
+async def test_who_finds_no_room_stays_in_line_under_the_same_id(first: FakeCoordinator) -> None:
+    told: list[Progress] = []
+    # Longer than somebody may take to answer: to be told that there is no room is an answer.
+    async with connect(first.endpoint, timeout=0.2) as leasehold:
+        access = leasehold.access("disk-1", request="r1", progress=told.append)
+        entering = asyncio.create_task(access.__aenter__())
+        for _ in range(4):
+            session = await soon(first.session())
+            assert session.request.request_id == "r1"
+            session.busy(0.1, "the queue is full")
+        session = await soon(first.session())
+        session.grant(path="nbd://a/disk-1-4", epoch=4)
+        await soon(entering)
+        assert {"the queue is full" in progress.reason for progress in told} == {True}
+        await left(access)
+
+
+async def test_who_finds_no_room_stays_in_line_no_longer_than_he_wants(first: FakeCoordinator) -> None:
+    async with connect(first.endpoint) as leasehold:
+        entering = asyncio.create_task(leasehold.access("disk-1", wait=0.1).__aenter__())
+        (await soon(first.session())).busy(60.0, "the queue is full")
+        with pytest.raises(TimedOut, match="the queue is full"):
+            await soon(entering)
+
+
+async def test_an_access_that_stands_is_lost_when_there_is_no_room_for_a_ttl(
+    leasehold: Leasehold, first: FakeCoordinator, second: FakeCoordinator
+) -> None:
+    access, session = await entered(leasehold, first)
+
+    async def refuse(coordinator: FakeCoordinator) -> None:
+        while True:
+            (await coordinator.session()).busy(0.1)
+
+    refusing = [asyncio.create_task(refuse(coordinator)) for coordinator in (first, second)]
+    session.close()
+    await soon(access.lost.wait())
+    for task in refusing:
+        task.cancel()
+    with pytest.raises(AccessLost):
+        await left(access)
+
+
 async def test_giving_up_takes_the_request_back(leasehold: Leasehold, first: FakeCoordinator) -> None:
     entering = await waiting(leasehold, first)
     entering.cancel()

@@ -23,6 +23,7 @@ from leasehold.client import (
     connect,
     errors,
 )
+from leasehold.client.clock import now
 from leasehold.client.endpoints import VARIABLE
 from leasehold.client.testing import Failure, FakeCoordinator
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
@@ -134,6 +135,45 @@ async def test_what_everybody_says_is_told(
             await leasehold.device("d1")
     assert type(caught.value) is kind
     assert caught.value.reason == "WHY"
+
+
+async def test_who_is_busy_is_left_alone_for_as_long_as_it_says(first: FakeCoordinator) -> None:
+    asked: list[float] = []
+
+    def answer(request: devices_pb2.GetDeviceRequest) -> devices_pb2.GetDeviceResponse:
+        asked.append(now())
+        if len(asked) == 1:
+            raise Failure.busy(0.5)
+        return one_device(request)
+
+    first.answers["GetDevice"] = answer
+    async with connect(first.endpoint) as leasehold:
+        assert (await leasehold.device("d1")).device.device == "d1"
+    assert len(asked) == 2
+    assert asked[1] - asked[0] >= 0.5
+
+
+async def test_who_is_busy_for_longer_than_the_time_out_is_told_of(first: FakeCoordinator) -> None:
+    def answer(_: devices_pb2.GetDeviceRequest) -> devices_pb2.GetDeviceResponse:
+        raise Failure.busy(30.0, "not now")
+
+    first.answers["GetDevice"] = answer
+    async with connect(first.endpoint, timeout=0.5) as leasehold:
+        with pytest.raises(Busy, match="not now") as caught:
+            await leasehold.device("d1")
+    assert caught.value.retry_after == 30.0
+    assert len(first.calls) <= 3, "no more than a last attempt"
+
+
+async def test_a_message_that_is_too_large_is_not_sent_again() -> None:
+    server = grpc.aio.server(options=(("grpc.max_receive_message_length", 1000), ("grpc.so_reuseport", 0)))
+    server.add_generic_rpc_handlers((FakeCoordinator(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with connect(f"127.0.0.1:{port}") as leasehold:
+        with pytest.raises(BadRequest, match="larger than max"):
+            await leasehold.cancel("x" * 2000)
+    await server.stop(0)
 
 
 async def test_an_outage_shorter_than_the_time_out_is_waited_for(first: FakeCoordinator) -> None:

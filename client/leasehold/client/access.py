@@ -26,6 +26,7 @@ from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import (
     AccessLost,
     BadRequest,
+    Busy,
     LeaseholdError,
     NoCoordinator,
     NotFound,
@@ -87,7 +88,7 @@ class Access:
         self._doing = "no coordinator has answered yet"
         self._now: access_pb2.Access | None = None
         self._granted: asyncio.Future[None] | None = None
-        self._session = Session(owner.endpoints, request, owner.timeout, self._take)
+        self._session = Session(owner.endpoints, request, owner.timeout, self._take, self._busy)
         self._keeping: asyncio.Task[None] | None = None
         self._changes: asyncio.Queue[Change | None] = asyncio.Queue()
         self._ended: LeaseholdError | None = None
@@ -314,6 +315,10 @@ class Access:
         self._change(Ended(error.reason if error.reason in _STATES else "LOST", error.message))
         self._changes.put_nowait(None)
         self.lost.set()
+
+    def _busy(self, error: Busy) -> None:
+        if self._now is None:
+            self._report(Progress(error.message))
 
     def _report(self, progress: Progress) -> None:
         self._doing = progress.reason

@@ -5,8 +5,9 @@ caller's; whoever answered last is asked first the next time.
 """
 
 import os
+import random
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import grpc
@@ -92,11 +93,14 @@ class Endpoints:
         *,
         until: float,
         answer: float | None = None,
+        failed: Callable[[BaseException], None] = lambda _: None,
     ) -> tuple[str, T]:
         """What `attempt` returns for the first channel on which it succeeds, and that channel's address.
 
         It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
-        again until `until` (of `clock.now`). It must therefore be harmless to repeat.
+        again until `until` (of `clock.now`). It must therefore be harmless to repeat. Where all that answer
+        are busy, it is after the time that they told. `failed` is told of every round in which nobody helped,
+        but for the last.
 
         Raises `NoCoordinator` or `Busy` if nobody answered by then, `Untrusted` at once if certificates keep
         all of them from it and nobody ever answered, and any other answer as the error it stands for.
@@ -105,6 +109,7 @@ class Endpoints:
             retry=retry_if_exception_type((NoCoordinator, Busy)),
             stop=lambda _: now() >= until - LEAST,
             wait=_until(until),
+            before_sleep=lambda state: _tell(state, failed),
             reraise=True,
         )
         return await retrying(self._round, attempt, until, ANSWER if answer is None else answer)
@@ -152,9 +157,23 @@ class Endpoints:
 
 
 def _until(until: float) -> Callable[[RetryCallState], float]:
-    """Longer and longer pauses, the last of which leaves time for one more round."""
+    """Longer and longer pauses, but none shorter than a busy one asked for. The last leaves time for one more
+    round."""
     growing = wait_random_exponential(multiplier=0.05, max=1.0)
-    return lambda state: min(growing(state), max(until - now() - LEAST, 0.0))
+    return lambda state: min(max(growing(state), _wished(state)), max(until - now() - LEAST, 0.0))
+
+
+def _wished(state: RetryCallState) -> float:
+    """Seconds that whoever is busy wishes to be left alone; a little more, so that not all come at once."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, Busy) else None
+    return 0.0 if asked is None else asked * random.uniform(1.0, 1.25)
+
+
+def _tell(state: RetryCallState, failed: Callable[[BaseException], None]) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    if error is not None:
+        failed(error)
 
 
 def _summary(failures: dict[str, LeaseholdError]) -> LeaseholdError:
@@ -165,6 +184,15 @@ def _summary(failures: dict[str, LeaseholdError]) -> LeaseholdError:
     for kind in (ServerError, Busy):
         for failure in failures.values():
             if isinstance(failure, kind):
-                return kind(told, failure.reason, failure.metadata)
+                summary = kind(told, failure.reason, failure.metadata)
+                if isinstance(summary, Busy):
+                    summary.retry_after = _soonest(failures)
+                return summary
     reasons = {failure.reason for failure in failures.values()}
     return NoCoordinator(told, reasons.pop() if len(reasons) == 1 else "")
+
+
+def _soonest(failures: Mapping[str, LeaseholdError]) -> float | None:
+    """When the first of those that are busy may be asked again."""
+    told = [failure.retry_after for failure in failures.values() if isinstance(failure, Busy)]
+    return min((seconds for seconds in told if seconds is not None), default=None)

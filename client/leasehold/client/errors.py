@@ -47,6 +47,9 @@ class Untrusted(LeaseholdError):
 class Busy(LeaseholdError):
     """Leasehold or its etcd takes no more just now."""
 
+    retry_after: float | None = None
+    """Seconds after which to ask again, if that was told."""
+
 
 class TimedOut(LeaseholdError):
     """The caller's own limit ran out."""

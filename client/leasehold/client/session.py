@@ -23,6 +23,7 @@ import grpc.aio
 from leasehold.client import stubs
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
+from leasehold.client.errors import Busy, NoCoordinator
 from leasehold.v1 import access_pb2
 
 _log = logging.getLogger(__name__)
@@ -37,9 +38,10 @@ _Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.R
 
 
 class Session:
-    """Keeps `request` alive. `take` is given every event in order, and returns True after the last.
+    """Keeps `request` alive. `take` is given every event in order, and returns True after the last; `busy` is
+    told whenever there is no room for it yet.
 
-    timeout: seconds in which somebody must answer for the first time.
+    timeout: seconds in which somebody must answer for the first time, be it that there is no room.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Session:
         request: access_pb2.RequestAccessRequest,
         timeout: float,
         take: Callable[[access_pb2.RequestAccessResponse], bool],
+        busy: Callable[[Busy], None] = lambda _: None,
     ) -> None:
         self.ttl = DEFAULT_TTL
         """Seconds for which the access outlives a session."""
@@ -55,7 +58,10 @@ class Session:
         self._request = request
         self._timeout = timeout
         self._take = take
+        self._busy = busy
         self._contact: float | None = None
+        self._full = 0.0
+        """When somebody last answered that there is no room now."""
 
     @property
     def heard(self) -> bool:
@@ -65,8 +71,10 @@ class Session:
     async def keep(self) -> None:
         """Return once the request is over.
 
-        Raises `NoCoordinator`, `Busy` or `ServerError` when nobody could be had in time, another error of the
-        tree when a coordinator will not go on with it, and whatever `take` raises.
+        Whoever has no room for a new request and says when to come again is asked again then, for ever:
+        leaving off is for the caller. Raises `NoCoordinator`, `Busy` or `ServerError` when nobody could be
+        had in time, another error of the tree when a coordinator will not go on with it, and whatever `take`
+        raises.
         """
         short = 0
         while True:
@@ -98,9 +106,26 @@ class Session:
                 raise
             return call, first
 
-        until = now() + self._timeout if self._contact is None else self._contact + self.ttl
-        address, (call, first) = await self._endpoints.ask(attempt, until=until)
-        return call, first, address
+        since = now()
+        while True:
+            until = since + self._timeout if self._contact is None else self._contact + self.ttl
+            try:
+                address, (call, first) = await self._endpoints.ask(attempt, until=until, failed=self._told)
+            except (Busy, NoCoordinator) as error:
+                self._told(error)
+                if self._contact is not None or self._full <= since:
+                    raise
+                # Somebody is there. How long to stay in line is for the caller to say.
+                if isinstance(error, Busy):
+                    await asyncio.sleep(error.retry_after or 0.0)
+                since = self._full if isinstance(error, NoCoordinator) else now()
+            else:
+                return call, first, address
+
+    def _told(self, error: BaseException) -> None:
+        if isinstance(error, Busy) and error.retry_after is not None:
+            self._full = now()
+            self._busy(error)
 
     async def _read(self, call: _Stream, address: str) -> bool:
         """Take what the stream brings; True if the request is over, False if the session broke."""

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2, message_factory
+from google.protobuf import any_pb2, duration_pb2, message_factory
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -43,6 +43,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class Failure(Exception):
     """An answer that is a status with google.rpc.ErrorInfo; without, if `reason` is empty."""
 
+    retry_after: float | None = None
+    """Seconds of google.rpc.RetryInfo, if there is to be one."""
+
     def __init__(self, code: grpc.StatusCode, reason: str = "", message: str = "", **metadata: str) -> None:
         super().__init__(message)
         self.code = code
@@ -50,13 +53,26 @@ class Failure(Exception):
         self.message = message
         self.metadata = metadata
 
+    @classmethod
+    def busy(cls, retry_after: float, message: str = "no room now") -> "Failure":
+        """There is no room; in `retry_after` seconds there may be."""
+        failure = cls(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MUCH", message)
+        failure.retry_after = retry_after
+        return failure
+
     async def abort(self, context: _Context) -> None:
         if not self.reason:
             await context.abort(self.code, self.message)
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata))
+        info = any_pb2.Any()
+        info.Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata))
+        details = [info]
+        if self.retry_after is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(round(self.retry_after * 1000))
+            details.append(any_pb2.Any())
+            details[-1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         number = code_pb2.Code.Value(self.code.name)
-        status = rpc_status.to_status(status_pb2.Status(code=number, message=self.message, details=[detail]))
+        status = rpc_status.to_status(status_pb2.Status(code=number, message=self.message, details=details))
         await context.abort(status.code, status.details, status.trailing_metadata)
 
 
@@ -98,6 +114,10 @@ class FakeSession:
     def fail(self, code: grpc.StatusCode, reason: str = "", message: str = "", **metadata: str) -> None:
         """End the stream with an error."""
         self._events.put_nowait(Failure(code, reason, message, **metadata))
+
+    def busy(self, retry_after: float, message: str = "no room now") -> None:
+        """End the stream: there is no room; in `retry_after` seconds there may be."""
+        self._events.put_nowait(Failure.busy(retry_after, message))
 
     async def serve(self, context: _Context) -> AsyncIterator[access_pb2.RequestAccessResponse]:
         try:

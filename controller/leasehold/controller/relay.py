@@ -9,7 +9,7 @@ again: the client is told, and asks anew.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from leasehold.controller.upstream import CutOff, Upstream, answered
-from leasehold.runtime.api import MAX_MESSAGE, ApiError
+from leasehold.runtime.api import MAX_MESSAGE, STALL, ApiError, streaming
 from leasehold.runtime.roster import rendezvous
 from leasehold.runtime.tls import TlsSettings
 from leasehold.store import pem
@@ -66,9 +66,13 @@ SERVICES = tuple(sorted({path.split("/")[1] for path in METHODS}))
 class Relay(grpc.GenericRpcHandler):
     """See the module. `follow` keeps it informed of the coordinators that live."""
 
-    def __init__(self, name: str, tls: TlsSettings | None = None) -> None:
-        """Coordinators are asked over `tls`, under this controller's certificate; without, in plaintext."""
+    def __init__(self, name: str, tls: TlsSettings | None = None, *, stall: float = STALL) -> None:
+        """Coordinators are asked over `tls`, under this controller's certificate; without, in plaintext.
+        A client that takes nothing of its stream for `stall` seconds is dropped, here as there: what stands
+        between it and the coordinator would hide it.
+        """
         self._name = name
+        self._stall = stall
         self._credentials = tls.client() if tls else None
         self._endpoints: dict[str, str] = {}
         self._upstreams: dict[str, Upstream] = {}
@@ -83,9 +87,8 @@ class Relay(grpc.GenericRpcHandler):
             return None
         if streams:
 
-            async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
-                async for answer in self._stream(method, request, context):
-                    yield answer
+            async def stream(request: bytes, context: Any) -> None:
+                await streaming(context, self._stream(method, request, context), self._stall)
 
             return grpc.unary_stream_rpc_method_handler(stream)
 
@@ -181,7 +184,7 @@ class Relay(grpc.GenericRpcHandler):
         await _nobody(last).abort(context)
         raise AssertionError("abort returned")
 
-    async def _stream(self, method: str, request: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _stream(self, method: str, request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         last = ""
         for upstream in self._order():
             stub: Stub = upstream.channel.unary_stream(method)

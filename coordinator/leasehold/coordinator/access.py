@@ -1,12 +1,13 @@
 """AccessService: the session of a client as a stream, and the same over single calls."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.cluster import Cluster, notified
 from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
@@ -33,25 +34,30 @@ ATTEMPTS = 5
 class AccessService(access_pb2_grpc.AccessServiceServicer):
     """See `leasehold.v1.AccessService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, peers: Peers) -> None:
+    def __init__(
+        self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, peers: Peers, admission: Admission
+    ) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._leases = leases
         self._peers = peers
-        self._desk = Desk(cluster, ledger, leases)
+        self._admission = admission
+        self._desk = Desk(cluster, ledger, leases, admission)
         self._reader = Reader(ledger.kv, cluster)
 
-    async def RequestAccess(  # noqa: N802
+    async def RequestAccess(  # type: ignore[override]  # noqa: N802 - it writes and does not yield
         self, request: access_pb2.RequestAccessRequest, context: Any
-    ) -> AsyncIterator[access_pb2.RequestAccessResponse]:
-        async with aclosing(self._session(request)) as session:
-            async for event in streaming(context, session):
-                yield event
+    ) -> None:
+        peer = context.peer()
+        with self._admission.stream(peer):
+            await streaming(context, self._session(request, peer), self._admission.limits.stall_seconds)
 
     async def _session(
-        self, request: access_pb2.RequestAccessRequest
+        self, request: access_pb2.RequestAccessRequest, peer: str
     ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
-        async with self._desk.submitted(asked(request.request_id, request.spec)) as stands:
+        wanted = asked(request.request_id, request.spec)
+        self._admission.check_stream(peer, stands=wanted.request in self._cluster.requests)
+        async with self._desk.submitted(wanted) as stands:
             told = ClientSession(request.request_id, self._leases.ttl)
             if stands.value.state.over:
                 event = told.next(self._cluster.view(stands.value.device), stands)

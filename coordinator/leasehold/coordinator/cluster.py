@@ -147,6 +147,10 @@ class Cluster:
         """Where everything stands that it shows."""
         return tuple(f"{self.keys.prefix}{kind}/" for kind in (*_TOP, *_NESTED))
 
+    def waiting(self, device: DeviceId) -> int:
+        """How many wait for a device."""
+        return len(self._nested["queue"].get(device, ()))
+
     def state(self, device: DeviceId) -> DeviceState:
         """The control of a device, as the ownership transactions want it."""
         wrong = self._unreadable.get(device)

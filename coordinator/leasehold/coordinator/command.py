@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from leasehold.coordinator.access import AccessService
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import NOTHING, Cluster, notified
 from leasehold.coordinator.config import CoordinatorConfig
@@ -97,14 +98,15 @@ async def _serve(config: CoordinatorConfig) -> None:
         cluster = Cluster(config.keys)
         ledger = Ledger(Kv(connection), cluster, config.name)
         leases = AccessLeases(keeper, config.access_ttl)
+        admission = Admission(config.limits, cluster, asyncio.get_running_loop().time)
         loop = Loop(cluster, ledger, config.coordinator)
         cluster.on_change = loop.look
         peers = Peers(config.tls)
         checker = Checker(ledger.kv, config.keys, peers)
-        server = ApiServer(config.listen, SERVICES, tls=config.tls)
+        server = ApiServer(config.listen, SERVICES, tls=config.tls, bounds=config.limits.bounds)
         add = server.server
         access_pb2_grpc.add_AccessServiceServicer_to_server(
-            AccessService(cluster, ledger, leases, peers), add
+            AccessService(cluster, ledger, leases, peers, admission), add
         )
         devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger, checker), add)
         controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from leasehold.coordinator.limits import Limits
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening
 from leasehold.runtime.tls import TlsSettings
@@ -31,6 +32,7 @@ class CoordinatorConfig:
     access_ttl: int = 15
     log_level: str = "INFO"
     etcd: EtcdSettings = field(default_factory=EtcdSettings)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         check_id("coordinator", self.name)

@@ -7,11 +7,12 @@ joins the queue, and the home plans it.
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 
 import grpc
 
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
@@ -79,14 +80,16 @@ def _mode(number: "records_pb2.AccessMode.ValueType") -> AccessMode:
 class Desk:
     """See the module."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases) -> None:
+    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, admission: Admission) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._leases = leases
+        self._admission = admission
 
     @asynccontextmanager
     async def submitted(self, request: AccessRequest) -> AsyncIterator[Stored[AccessRequest]]:
-        """The request as it stands in etcd from now on. The same one again is the one that stands.
+        """The request as it stands in etcd from now on. The same one again is the one that stands, and is
+        never refused for want of room.
 
         Its access lease, if it is a new one, is kept while this is entered. Raises `ApiError` and
         `StoreError`; with the reason OUTCOME_UNKNOWN it may stand all the same.
@@ -94,11 +97,12 @@ class Desk:
         if stands := self._cluster.requests.get(request.request):
             yield _the_same(request, stands)
             return
-        lease = await self._leases.take()
-        try:
-            yield await self._submit(replace(request, access_lease=lease_id(lease.id)))
-        finally:
-            self._leases.leave(lease)
+        with ExitStack() as kept:
+            with self._admission.request(request.device):
+                lease = await self._leases.take()
+                kept.callback(self._leases.leave, lease)
+                stands = await self._submit(replace(request, access_lease=lease_id(lease.id)))
+            yield stands
 
     async def _submit(self, request: AccessRequest) -> Stored[AccessRequest]:
         keys = self._ledger.keys

@@ -6,12 +6,15 @@ reason that programs can rely on and the device, holder, epoch and request as me
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,11 +32,12 @@ _log = logging.getLogger(__name__)
 DOMAIN = "leasehold"
 MAX_MESSAGE = 1 << 20
 """Bytes of the largest message taken; no record comes near it."""
+STALL = 10.0
+"""Seconds in which a client is to take the next message of its stream."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers would otherwise share one port without a word.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
     # A client that is stopped or cut off is noticed within 15 s, and may itself ping every 5 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -77,13 +81,31 @@ class ApiError(Exception):
 
     async def abort(self, context: "grpc.aio.ServicerContext[Any, Any]") -> NoReturn:
         """End the call with this error."""
-        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
-        detail = any_pb2.Any()
-        detail.Pack(info)
+        details = []
+        for message in self.details():
+            details.append(any_pb2.Any())
+            details[-1].Pack(message)
         number = code_pb2.Code.Value(self.code.name)
-        status = rpc_status.to_status(status_pb2.Status(code=number, message=self.message, details=[detail]))
+        status = rpc_status.to_status(status_pb2.Status(code=number, message=self.message, details=details))
         await context.abort(status.code, status.details, status.trailing_metadata)
         raise AssertionError("abort returned")
+
+    def details(self) -> list[Message]:
+        """What programs are told besides the status."""
+        return [error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)]
+
+
+class Exhausted(ApiError):
+    """More is asked for than is taken now. The same may be asked again after `retry_after` seconds."""
+
+    def __init__(self, reason: str, message: str, retry_after: float, **metadata: object) -> None:
+        super().__init__(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, **metadata)
+        self.retry_after = retry_after
+
+    def details(self) -> list[Message]:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(self.retry_after * 1000))
+        return [*super().details(), error_details_pb2.RetryInfo(retry_delay=delay)]
 
 
 def require(holds: bool, field: str, wanted: str) -> None:
@@ -107,32 +129,85 @@ async def answering(
 
 
 async def streaming(
-    context: "grpc.aio.ServicerContext[Any, Any]", events: AsyncIterator[Any]
-) -> AsyncIterator[Any]:
-    """What `events` yields; whatever it raises becomes a status with its details."""
+    context: "grpc.aio.ServicerContext[Any, Any]", events: AsyncGenerator[Any, None], stall: float = STALL
+) -> None:
+    """Send what `events` yields; whatever it raises becomes a status with its details.
+
+    `events` is closed, and lets go of what it keeps, when the client does not take one within `stall`
+    seconds. gRPC calls a message sent once the client's flow-control window had room for it, and holds none
+    back: so a client that does not read costs one message here, and otherwise its own memory.
+    """
     try:
-        async for event in events:
-            yield event
-    except asyncio.CancelledError:
+        async with aclosing(events):
+            async for event in events:
+                await _send(context, event, stall)
+    except (asyncio.CancelledError, grpc.aio.BaseError):
         raise
     except Exception as error:  # noqa: BLE001 - the edge: every error becomes an answer
-        await ApiError.of(error).abort(context)
+        await _end(context, ApiError.of(error))
+
+
+async def _end(context: "grpc.aio.ServicerContext[Any, Any]", error: ApiError) -> None:
+    """Returns no sooner than a client that did not read does, or leaves."""
+    try:
+        await error.abort(context)
+    except grpc.aio.InternalError as unsent:
+        # It left. gRPC would take that for a fault of ours.
+        raise asyncio.CancelledError from unsent
+
+
+async def _send(context: "grpc.aio.ServicerContext[Any, Any]", event: Any, stall: float) -> None:
+    try:
+        async with asyncio.timeout(stall):
+            await context.write(event)
+    except TimeoutError:
+        message = (
+            f"the stream is dropped: its client took nothing for {stall:g} s; ask again with the same id"
+        )
+        _log.warning("%s: %s", context.peer(), message)
+        raise ApiError(grpc.StatusCode.UNAVAILABLE, "SLOW_READER", message) from None
 
 
 class CanNotListen(OSError):
     """The address can not be had. The operator frees it, or sets another."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a server takes from one connection.
+
+    Calls beyond `calls` at a time wait in the client, unseen: it is for what ill will does, and high enough
+    that what is refused with a reason is refused before.
+    """
+
+    message_bytes: int = MAX_MESSAGE
+    calls: int = 2_500
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("grpc.max_receive_message_length", self.message_bytes),
+            ("grpc.max_concurrent_streams", self.calls),
+        )
+
+
 class ApiServer:
     """A gRPC server with health and reflection. `NOT_SERVING` until `ready` is called."""
 
-    def __init__(self, listen: str, services: Sequence[str] = (), *, tls: TlsSettings | None = None) -> None:
+    def __init__(
+        self,
+        listen: str,
+        services: Sequence[str] = (),
+        *,
+        tls: TlsSettings | None = None,
+        bounds: Bounds = Bounds(),
+    ) -> None:
         """Listen on `listen` (host:port, port 0 for any), in plaintext without `tls`; `services` are the full
         names reflection shows."""
         self.listen = listen
         self._tls = tls
         self.port = 0
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(options=SERVER_OPTIONS + bounds.options)
         self._health = health.aio.HealthServicer()
         self._services = tuple(services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)

@@ -1,0 +1,117 @@
+"""Who is let in. New requests are bounded in number, at one moment and per second; nothing else is.
+
+What keeps an access alive or ends it, and what controllers write, must not wait behind requests. So nothing
+waits here: a request that is too much is refused at once, which costs next to nothing, and told when to come
+again. The more were refused lately, the later: they come back at the rate at which they are taken, and the
+queue that there is not in the coordinator stands in its clients.
+
+The counts are this coordinator's and its mirror's. Several coordinators may together exceed those of the
+cluster by what each of them is writing at the same moment.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.limits import RETURNING, Limits
+from leasehold.runtime.api import Exhausted
+from leasehold.store.records import DeviceId
+
+SOON = 0.1
+"""Seconds; a rate makes room all the time."""
+SHORTLY = 0.5
+"""Seconds after which a place among those that are being written is likely to be free."""
+LATER = 2.0
+"""Seconds after which it is worth asking whether a queue has become shorter."""
+LATEST = 30.0
+"""Seconds; nobody is sent away for longer."""
+
+
+class Leak:
+    """A count that runs off at `rate` a second."""
+
+    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._level = 0.0
+        self._at = clock()
+
+    @property
+    def level(self) -> float:
+        now = self._clock()
+        self._level = max(0.0, self._level - (now - self._at) * self._rate)
+        self._at = now
+        return self._level
+
+    def add(self) -> None:
+        self._level = self.level + 1
+
+
+class Admission:
+    """See the module. `clock` tells seconds."""
+
+    def __init__(self, limits: Limits, cluster: Cluster, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self._cluster = cluster
+        self._taken = Leak(limits.rate, clock)
+        self._refused = Leak(limits.rate, clock)
+        self._writing: Counter[DeviceId] = Counter()
+        self._streams: Counter[str] = Counter()
+
+    @contextmanager
+    def request(self, device: DeviceId) -> Iterator[None]:
+        """A new request for `device` is being written while this is entered. Raises `Exhausted`."""
+        limits, writing = self.limits, self._writing.total()
+        if len(self._cluster.clients) + writing >= limits.requests:
+            raise self._exhausted(
+                "TOO_MANY_REQUESTS", "requests that stand in the cluster", "requests", LATER
+            )
+        if self._cluster.waiting(device) + self._writing[device] >= limits.queue:
+            raise self._exhausted(
+                "QUEUE_FULL", f"requests that wait for device {device}", "queue", LATER, device=device
+            )
+        if writing >= limits.admissions:
+            raise self._exhausted("TOO_MANY_AT_ONCE", "new requests at one moment", "admissions", SHORTLY)
+        if self._taken.level + 1 > limits.burst:
+            raise self._exhausted("TOO_FAST", "new requests per second", "rate", SOON)
+        self._taken.add()
+        self._writing[device] += 1
+        try:
+            yield
+        finally:
+            self._writing[device] -= 1
+            if not self._writing[device]:
+                del self._writing[device]
+
+    @contextmanager
+    def stream(self, peer: str) -> Iterator[None]:
+        """A stream of the connection `peer` is open while this is entered, dropped or not."""
+        self._streams[peer] += 1
+        try:
+            yield
+        finally:
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
+
+    def check_stream(self, peer: str, *, stands: bool) -> None:
+        """Raises `Exhausted` if the open streams, this one counted, are too many for one more of its kind:
+        whether its request `stands` already."""
+        limits, times = self.limits, RETURNING if stands else 1
+        if self._streams[peer] > times * limits.streams_per_connection:
+            raise self._exhausted(
+                "TOO_MANY_STREAMS", "streams on one connection", "streams_per_connection", LATER
+            )
+        if self._streams.total() > times * limits.streams:
+            raise self._exhausted("TOO_MANY_STREAMS", "streams", "streams", LATER)
+
+    def _exhausted(self, reason: str, what: str, limit: str, soonest: float, **about: str) -> Exhausted:
+        retry_after = min(soonest + self._refused.level / self.limits.rate, LATEST)
+        self._refused.add()
+        value = getattr(self.limits, limit)
+        message = (
+            f"this coordinator takes {value:g} {what} and no more: ask again with the same id in"
+            f" {retry_after:.1f} s; see limits.{limit}"
+        )
+        return Exhausted(reason, message, retry_after, limit=limit, **about)
