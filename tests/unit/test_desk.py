@@ -280,13 +280,21 @@ class Keeper:
 
     def __init__(self) -> None:
         self.kept: set[int] = set()
+        self.returned: list[int] = []
         self.answers: asyncio.Queue[Exception | None] = asyncio.Queue()
 
     async def adopt(self, number: int, ttl: int) -> SimpleNamespace:
         if error := await self.answers.get():
             raise error
         self.kept.add(number)
-        return SimpleNamespace(id=number)
+        return SimpleNamespace(id=number, alive=True)
+
+    async def spare(self, ttl: int) -> SimpleNamespace:
+        self.kept.add(8)
+        return SimpleNamespace(id=8, alive=True)
+
+    def give_back(self, lease: SimpleNamespace) -> None:
+        self.returned.append(lease.id)
 
     def forget(self, lease: SimpleNamespace) -> None:
         self.kept.discard(lease.id)
@@ -331,4 +339,27 @@ async def test_a_stream_that_could_not_keep_its_lease_leaves_none_behind() -> No
     keeper.answers.put_nowait(Unavailable("not now"))
     with pytest.raises(Unavailable):
         await renewing
+    assert keeper.kept == set()
+
+
+async def test_only_a_lease_that_nobody_keeps_is_given_back_and_once() -> None:
+    keeper = Keeper()
+    leases = AccessLeases(keeper, 15)  # type: ignore[arg-type]
+    leases.give_back(LeaseId("7"))
+    assert keeper.returned == [], "it was never kept here"
+    taken = await leases.take()
+    leases.give_back(LeaseId("8"))
+    assert keeper.returned == [], "it is about to be used"
+    leases.leave(taken)
+    entered, leaving = asyncio.Event(), asyncio.Event()
+    keeper.answers.put_nowait(None)
+    stream = asyncio.create_task(stay(leases, entered, leaving))
+    await entered.wait()
+    leases.give_back(LeaseId("7"))
+    assert keeper.returned == [], "a stream keeps it"
+    leaving.set()
+    await stream
+    for lease in ("7", "8", "8"):
+        leases.give_back(LeaseId(lease))
+    assert keeper.returned == [7, 8]
     assert keeper.kept == set()

@@ -248,6 +248,10 @@ class Agent:
             case Step.SWAP:
                 if not await self._settler.swap(device, state.epoch, state, decision.reason):
                     return False
+                if hold is not None and hold.lease is not None:
+                    # The record hangs on the target's session now, and nobody was or will be told to revoke
+                    # this lease: only a later holder fences, and for none was this epoch ever unreleased.
+                    self._context.keeper.give_back(hold.lease)
                 self._gone(device, hold, state.epoch)
                 return True
             case Step.RELEASE:

@@ -218,6 +218,7 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                 state = self._cluster.state(stands.value.device)
                 made = requests.end(keys, state, stands, reason=reason, path_exposed=False)
             if isinstance(await self._ledger.commit(made), Applied):
+                self._leases.give_back(stands.value.access_lease)
                 return
         raise _contended(request)
 
