@@ -377,6 +377,22 @@ async def test_a_device_that_is_elsewhere_takes_three(
     await examine(installation)
 
 
+async def test_of_a_transfer_that_is_over_at_once_only_the_grant_is_told(
+    installation: Installation,
+    door: Door,
+    a: FakeController,
+    b: FakeController,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await door.granted("first", controller="a")
+    await door.release("first")
+    # However slow this machine is, it is over before that.
+    monkeypatch.setattr(access, "PROGRESS", WAIT)
+    async with door.session("r", controller="b") as session:
+        granted = (await session.next()).granted
+    assert (granted.controller, session.told) == ("b", ["granted"])
+
+
 async def test_a_device_that_is_where_it_is_wanted_takes_one(
     installation: Installation, door: Door, a: FakeController
 ) -> None:
