@@ -130,7 +130,7 @@ class Writer:
 
 async def move_about(cluster: DevCluster, writers: list[Writer]) -> None:
     async with connect(*cluster.endpoints) as leasehold, leasehold.access("disk-1", controller="") as access:
-        tell(writers, access)
+        await tell(writers, access)
         holder, epoch = access.controller, access.epoch
         changes = access.changes()
         for number in range(TRANSFERS):
@@ -141,15 +141,15 @@ async def move_about(cluster: DevCluster, writers: list[Writer]) -> None:
                     await anext(changes)
                 assert access.controller == target
                 holder, epoch = access.controller, access.epoch
-                tell(writers, access)
-                # Each epoch has to see writes of everybody, or nothing would be shown.
-                for writer in writers:
-                    await asyncio.to_thread(writer.wait_for, epoch)
+                await tell(writers, access)
 
 
-def tell(writers: list[Writer], access: Access) -> None:
+async def tell(writers: list[Writer], access: Access) -> None:
+    """Returns when everybody has written: each epoch has to see writes, or nothing would be shown."""
     for writer in writers:
         writer.tell(access.path, access.epoch)
+    for writer in writers:
+        await asyncio.to_thread(writer.wait_for, access.epoch)
 
 
 def test_two_hundred_transfers_under_writing_clients(cluster: DevCluster) -> None:
