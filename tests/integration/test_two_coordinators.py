@@ -269,7 +269,8 @@ async def test_a_device_that_is_there_already_takes_one_transaction(site: Site) 
 
 
 async def test_a_device_that_is_elsewhere_is_passed_on(site: Site) -> None:
-    await site.served("a")
+    # By way of the second, which therefore knows that the device is free for others.
+    await site.served("a", site.second)
     stream = site.second.ask("q1", controller="b")
     access = await stream.until("granted")
     assert (access.controller, access.epoch) == ("b", 2)
