@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .PHONY: demo test chaos lint proto bench
 
-# A cluster on this machine, two controllers, and a device that changes hands.
+# A cluster on this machine, three controllers, and a device that changes hands.
 demo: .venv/.demo
 	$(BIN)/leasehold demo
 
@@ -35,8 +35,9 @@ lint: .venv/.dev .venv-proto/.ready
 proto: .venv-proto/.ready
 	$(call stubs,proto)
 
+# What it costs and how fast it is, beside its peers; writes docs/benchmarks.md. ARGS=--quick only shows.
 bench: .venv/.dev
-	$(BIN)/python tests/bench.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 # leasehold/etcd has no services: it calls etcd by literal method paths.
 define stubs

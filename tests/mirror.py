@@ -6,6 +6,7 @@ from leasehold.store.codec import encode
 from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue, Snapshot
 from leasehold.store.records import (
+    AccessMode,
     AccessRequest,
     Availability,
     Client,
@@ -131,6 +132,7 @@ def holding(
     request: str = "",
     target: str = "",
     path_exposed: bool = False,
+    read_only: bool = False,
 ) -> tuple[Epochs, Holder]:
     """The records of a device that `name` holds in `epoch`."""
     holder = Holder(
@@ -148,6 +150,7 @@ def holding(
         else None,
         request=RequestId(request),
         path_exposed=path_exposed,
+        read_only=read_only,
     )
     return unreleased(name, epoch, device=device), holder
 
@@ -178,6 +181,7 @@ def request(
     wanted: str = "",
     state: RequestState = RequestState.PENDING,
     reason: str = "",
+    mode: AccessMode = AccessMode.EXCLUSIVE,
 ) -> AccessRequest:
     return AccessRequest(
         request=RequestId(name),
@@ -187,19 +191,33 @@ def request(
         controller=ControllerId(wanted),
         state=state,
         reason=reason,
+        mode=mode,
     )
 
 
 def pending(
-    name: str, *, device: DeviceId = DISK, priority: int = 50, wanted: str = "", gone: bool = False
+    name: str,
+    *,
+    device: DeviceId = DISK,
+    priority: int = 50,
+    wanted: str = "",
+    gone: bool = False,
+    mode: AccessMode = AccessMode.EXCLUSIVE,
 ) -> tuple[Record, ...]:
     """The records of a request that waits; its client may be gone."""
     entry = QueueEntry(device=device, request=RequestId(name), priority=priority)
     there = () if gone else (Client(request=RequestId(name)),)
-    return request(name, device=device, priority=priority, wanted=wanted), entry, *there
+    return request(name, device=device, priority=priority, wanted=wanted, mode=mode), entry, *there
 
 
-def granted(name: str, where: str, epoch: int, *, device: DeviceId = DISK) -> tuple[Record, ...]:
+def granted(
+    name: str,
+    where: str,
+    epoch: int,
+    *,
+    device: DeviceId = DISK,
+    mode: AccessMode = AccessMode.EXCLUSIVE,
+) -> tuple[Record, ...]:
     """The records of an access."""
     grant = Grant(
         device=device,
@@ -208,8 +226,10 @@ def granted(name: str, where: str, epoch: int, *, device: DeviceId = DISK) -> tu
         controller=ControllerId(where),
         epoch=Epoch(epoch),
         path=path(where, epoch),
+        mode=mode,
     )
-    return request(name, device=device, state=RequestState.GRANTED), grant, Client(request=RequestId(name))
+    asked = request(name, device=device, state=RequestState.GRANTED, mode=mode)
+    return asked, grant, Client(request=RequestId(name))
 
 
 def failing(name: str, failures: int, *, device: DeviceId = DISK) -> Availability:

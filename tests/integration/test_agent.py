@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,13 +19,16 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.journal import JournalLocked
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.session import NameTaken
-from leasehold.store import ownership
+from leasehold.store import ownership, requests
 from leasehold.store.codec import decode, encode
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.errors import OutcomeUnknown
-from leasehold.store.kv import Compare, Kv, Operation, Put, Snapshot, TxnResult
+from leasehold.store.kv import Compare, Kv, Operation, Put, Snapshot, TxnResult, put
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import (
+    AccessMode,
+    Assignment,
+    AssignmentAction,
     Availability,
     ChangeKind,
     Controller,
@@ -81,6 +84,8 @@ class FakeDriver:
         self.context = context
         self.slow = asyncio.Event()
         self.slow.set()
+        self.read_only: dict[int, bool] = {}
+        """Of each epoch that was activated, for what."""
 
     async def start(self) -> None:
         for held in self.storage.writers.values():
@@ -112,6 +117,7 @@ class FakeDriver:
         held[self.who] = (activation.epoch, self.context.gate, activation.slot)
         self.storage.write(self.who, activation.device)
         self.storage.note(self.who, "activate", activation.device, activation.epoch)
+        self.read_only[activation.epoch] = activation.read_only
         return f"nbd://{self.who}/{activation.device}-{activation.epoch}"
 
     async def verify(self, activation: Activation) -> str | None:
@@ -197,20 +203,20 @@ class Site:
         assert found is not None
         return found
 
-    async def assign(self, name: str) -> None:
+    async def assign(self, name: str, mode: AccessMode | None = None) -> None:
         """What a coordinator does for a free device."""
         state = await self.installation.state()
         target = await self.registered(name)
         await self.installation.apply(
-            ownership.assign(self.installation.author, state, target, reason="test")
+            ownership.assign(self.installation.author, state, target, reason="test", mode=mode)
         )
 
-    async def direct(self, name: str) -> None:
+    async def direct(self, name: str, mode: AccessMode | None = None) -> None:
         """What a coordinator does for one that is held."""
         state = await self.installation.state()
         target = await self.registered(name)
         await self.installation.apply(
-            ownership.direct(self.installation.author, state, target, reason="test")
+            ownership.direct(self.installation.author, state, target, reason="test", mode=mode)
         )
 
     async def serving(self, name: str, *, epoch: int | None = None, within: float = 5.0) -> DeviceState:
@@ -287,6 +293,62 @@ async def test_passes_control_to_another(site: Site) -> None:
         assert [item.epoch for item in state.unreleased] == [epoch]
     done = [(who, what) for who, what, _, epoch in site.storage.log if epoch in (1, 2)]
     assert done.index(("a", "deactivate")) < done.index(("b", "activate"))
+
+
+async def test_each_epoch_is_activated_for_what_its_record_says(site: Site) -> None:
+    await site.device("a", "b")
+    first = await site.controller("a")
+    await site.controller("b")
+    await site.assign("a", AccessMode.READ_ONLY)
+    await site.serving("a", epoch=1)
+    await site.direct("a", AccessMode.EXCLUSIVE)
+    await site.serving("a", epoch=2)
+    await site.direct("a", AccessMode.READ_ONLY)
+    await site.serving("a", epoch=3)
+    assert site.drivers["a"].read_only == {1: True, 2: False, 3: True}
+    # From here on a reader says what it is for, even if the record of the one that crashes is gone.
+    installation = site.installation
+    reader = await installation.submitted("r1", mode=AccessMode.READ_ONLY)
+    assert reader.client is not None
+    state, queue = await installation.state(), await installation.queue()
+    await installation.apply(
+        requests.grant(installation.keys, state, queue, reader.request, reader.client, reason="test")
+    )
+    await site.direct("b")
+    await site.serving("b", epoch=4)
+    await site.direct("a")
+    await site.serving("a", epoch=5)
+    await site.crash(first)
+    await site.serving("b", epoch=6, within=20)
+    assert site.drivers["b"].read_only == {4: True, 6: True}
+
+
+@pytest.mark.parametrize("mode", [AccessMode.EXCLUSIVE, AccessMode.READ_ONLY])
+async def test_an_assignment_for_another_kind_of_hold_is_not_activated(site: Site, mode: AccessMode) -> None:
+    await site.device("a")
+    await site.controller("a")
+    installation = site.installation
+    made = ownership.assign(
+        installation.author,
+        await installation.state(),
+        await site.registered("a"),
+        reason="test",
+        mode=mode,
+    )
+    key = installation.keys.assignment(ControllerId("a"), DISK)
+    wrong = Assignment(
+        device=DISK,
+        controller=ControllerId("a"),
+        action=AssignmentAction.HOLD,
+        epoch=Epoch(1),
+        read_only=not mode.read_only,
+    )
+    operations = tuple(item for item in made.operations if not isinstance(item, Put) or item.key != key)
+    await installation.apply(replace(made, operations=(*operations, put(key, encode(wrong)))))
+    await site.until(lambda state: state.free)
+    assert site.drivers["a"].read_only == {}
+    assert await site.kinds() == [ChangeKind.ASSIGNED, ChangeKind.RELEASED]
+    assert "its hold is for" in (await installation.history())[-1].value.reason
 
 
 async def test_begins_a_new_epoch_for_itself(site: Site) -> None:
@@ -489,6 +551,25 @@ async def test_gives_everything_up_when_it_stops(site: Site) -> None:
         site.installation.keys.assignments(ControllerId("a"))
     )
     assert left.items == ()
+
+
+async def test_takes_no_more_devices_while_it_stops(site: Site) -> None:
+    stopping = await site.controller("a")
+    await site.device("a")
+    await site.assign("a")
+    await site.serving("a")
+    assert not (await site.registered("a")).draining
+    site.running.remove(stopping)
+    site.storage.stuck.add("a")
+    stop = asyncio.create_task(stopping.stop())
+
+    async def announced() -> bool | None:
+        return (await site.registered("a")).draining or None
+
+    await eventually(announced)
+    site.storage.stuck.clear()
+    assert await stop
+    assert await site.find("a") is None
 
 
 async def test_releases_at_once_after_a_crash(site: Site) -> None:

@@ -1,5 +1,6 @@
 """The operator's commands one after the other on a real cluster, as a person would use them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,9 +20,13 @@ from leasehold.client.dev import DevCluster
 SOON = 60.0
 
 
+ACCESS_TTL = 30
+"""Seconds that nobody renews: longer than all the commands that a test runs meanwhile."""
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DevCluster]:
-    with DevCluster(devices=1) as cluster:
+    with DevCluster(devices=1, ttl=ACCESS_TTL) as cluster:
         yield cluster
 
 
@@ -40,6 +45,14 @@ class Commands:
             text=True,
             env=self._environment,
         )
+
+    @contextlib.contextmanager
+    def started(self, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        with self.start(*arguments) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def __call__(self, *arguments: str, stdin: str = "", code: int = 0) -> tuple[str, str]:
         """What it printed to stdout and stderr."""
@@ -78,15 +91,12 @@ def test_the_life_of_a_device(cluster: DevCluster, tmp_path: Path) -> None:
     leasehold("apply", "-f", str(file), "--yes")
     assert leasehold("apply", "-f", str(file), "--yes")[0] == ""
 
-    # A second asks while the first has it. Renewed by whoever watches over them: an access TTL is 5 s.
-    with leasehold.start("history", "--device", "shelf", "--follow", "-o", "name") as following:
+    # A second asks while the first has it.
+    with leasehold.started("history", "--device", "shelf", "--follow", "-o", "name") as following:
         leasehold("request", "shelf", "--request-id", "first", "--via", "a", "--wait", "1h")
         leasehold("request", "shelf", "--request-id", "second", "--client", "other")
 
         def granted(request: str) -> bool:
-            for name in ("first", "second"):
-                with leasehold.start("renew", name) as renewing:
-                    renewing.communicate(timeout=SOON)
             (status,) = leasehold.data("get", "requests", request)
             return status["request"]["state"] == "REQUEST_STATE_GRANTED" and bool(status["access"]["path"])
 
@@ -97,6 +107,8 @@ def test_the_life_of_a_device(cluster: DevCluster, tmp_path: Path) -> None:
         assert "PENDING" in leasehold("describe", "request", "second")[0]
         assert "shelf" in leasehold("describe", "controller", "a")[0]
         leasehold("cancel", "first", code=exits.REFUSED)
+        for name in ("first", "second"):
+            leasehold("renew", name)
 
         # While it is held, it stays the device it is, and its holder among its controllers.
         assert granted("first")

@@ -377,6 +377,22 @@ async def test_a_device_that_is_elsewhere_takes_three(
     await examine(installation)
 
 
+async def test_of_a_transfer_that_is_over_at_once_only_the_grant_is_told(
+    installation: Installation,
+    door: Door,
+    a: FakeController,
+    b: FakeController,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await door.granted("first", controller="a")
+    await door.release("first")
+    # However slow this machine is, it is over before that.
+    monkeypatch.setattr(access, "PROGRESS", WAIT)
+    async with door.session("r", controller="b") as session:
+        granted = (await session.next()).granted
+    assert (granted.controller, session.told) == ("b", ["granted"])
+
+
 async def test_a_device_that_is_where_it_is_wanted_takes_one(
     installation: Installation, door: Door, a: FakeController
 ) -> None:
@@ -1077,14 +1093,14 @@ async def test_a_device_that_is_used_can_not_be_deleted(
     # One of the same id goes on where the other left off.
     spec = records_pb2.Device(device=DISK, driver="nbd")
     for _ in range(2):
-        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
+        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec, unchecked=True))
     assert (await door.granted("s")).access.epoch == 2
 
 
 async def test_a_device_is_not_made_another(installation: Installation, door: Door) -> None:
     spec = records_pb2.Device(device=DISK, driver="nbd", ttl_seconds=20)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
+        await door.devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec, unchecked=True))
     assert refusal(raised.value) == (
         *(grpc.StatusCode.ALREADY_EXISTS, "DEVICE_EXISTS"),
         {"device": DISK},

@@ -154,6 +154,32 @@ async def test_spares_are_ready_kept_and_given_back(connection: Connection) -> N
         await asking.revoke(second.id)
 
 
+async def test_a_lease_given_back_is_handed_out_again(connection: Connection, keeper: LeaseKeeper) -> None:
+    first = await keeper.spare(TTL)
+    keeper.give_back(first)
+    grants: list[int] = []
+    keeper.grant = grants.append  # type: ignore[method-assign, assignment]
+    second = await keeper.spare(TTL)
+    del keeper.grant
+    assert (second.id, second.deadline, grants) == (first.id, first.deadline, [])
+    assert second is not first
+    await extended(second, first.deadline)
+    assert await keeper.time_to_live(second.id) is not None
+    await keeper.revoke(second.id)
+
+
+async def test_a_lease_given_back_too_late_runs_out(connection: Connection) -> None:
+    now = boottime_ns()
+    async with LeaseKeeper(connection, clock=lambda: now) as keeper:
+        first = await keeper.spare(TTL)
+        keeper.give_back(first)
+        now += TTL * NANOSECONDS // 2
+        second = await keeper.spare(TTL)
+        assert second.id != first.id
+        for lease in (first, second):
+            await keeper.revoke(lease.id)
+
+
 async def test_many_leases_on_one_stream_are_spread_out(keeper: LeaseKeeper) -> None:
     leases = await asyncio.gather(*(keeper.grant(5) for _ in range(200)))
     times: list[int] = []

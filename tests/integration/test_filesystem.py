@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -265,23 +266,78 @@ async def test_nosuid_and_nodev_unless_asked_otherwise(site: Site, image: Path) 
     await site.driver.deactivate(second, drain=0)
 
 
-@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
-async def test_a_read_only_holder_writes_nothing(site: Site, directory: Path, fstype: str) -> None:
-    image = make_image(directory / "image", fstype)
-    first = site.activation(image, 1, fstype=fstype)
-    write(await site.activate(first) / "file", "content")
-    # Shut down instead of unmounted: it has a journal that a reader must not replay.
-    site.gate.shut(first.slot)
-    await site.driver.deactivate(first, drain=0)
-    before = hashlib.sha256(image.read_bytes()).digest()
-    second = site.activation(image, 2, fstype=fstype, read_only=True)
-    mounted = await site.activate(second)
+def digest(backing: "Path | str") -> bytes:
+    return hashlib.sha256(Path(backing).read_bytes()).digest()
+
+
+def refuses_writes(mounted: Path) -> None:
     with pytest.raises(OSError, match="Read-only") as raised:
         write(mounted / "another", "content")
     assert raised.value.errno == errno.EROFS
-    assert await site.driver.verify(second) is None
-    await site.driver.deactivate(second, drain=0)
-    assert hashlib.sha256(image.read_bytes()).digest() == before
+    # Nor can root make it writable by mounting it anew: what is below it refuses as well.
+    number = mount_api.mounted_at(str(mounted))
+    assert Path(f"/sys/dev/block/{number}/ro").read_text() == "1\n"
+    remounted = subprocess.run(["mount", "-o", "remount,rw", str(mounted)], capture_output=True, check=False)
+    assert remounted.returncode != 0
+
+
+@pytest.mark.parametrize("kind", ["image", "block device"])
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+async def test_a_read_only_holder_writes_nothing(site: Site, directory: Path, fstype: str, kind: str) -> None:
+    image = make_image(directory / "image", fstype)
+    with block_device(image) if kind == "block device" else contextlib.nullcontext(image) as backing:
+        first = site.activation(Path(backing), 1, fstype=fstype)
+        write(await site.activate(first) / "file", "content")
+        await site.driver.deactivate(first, drain=1)
+        before = digest(backing)
+        second = site.activation(Path(backing), 2, fstype=fstype, read_only=True)
+        mounted = await site.activate(second)
+        refuses_writes(mounted)
+        assert (mounted / "file").read_text() == "content"
+        assert await site.driver.verify(second) is None
+        await site.driver.deactivate(second, drain=0)
+        assert digest(backing) == before
+        third = site.activation(Path(backing), 3, fstype=fstype)
+        write(await site.activate(third) / "another", "content")
+        await site.driver.deactivate(third, drain=1)
+    assert_clean(image, fstype)
+
+
+@pytest.mark.parametrize("kind", ["image", "block device"])
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+async def test_a_read_only_holder_shows_what_was_written_before_a_crash(
+    site: Site, directory: Path, fstype: str, kind: str
+) -> None:
+    image = make_image(directory / "image", fstype)
+    with block_device(image) if kind == "block device" else contextlib.nullcontext(image) as backing:
+        first = site.activation(Path(backing), 1, fstype=fstype)
+        write(await site.activate(first) / "file", "content")
+        # Shut down instead of unmounted: that there is a file stands only in the journal.
+        site.gate.shut(first.slot)
+        await site.driver.deactivate(first, drain=0)
+        second = site.activation(Path(backing), 2, fstype=fstype, read_only=True)
+        mounted = await site.activate(second)
+        assert (mounted / "file").read_text() == "content"
+        refuses_writes(mounted)
+        assert await site.driver.verify(second) is None
+        await site.driver.deactivate(second, drain=0)
+    assert_clean(image, fstype)
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+async def test_a_read_only_holder_is_proved_over_after_a_crash(
+    site: Site, directory: Path, fstype: str
+) -> None:
+    image = make_image(directory / "image", fstype)
+    activation = site.activation(image, 1, fstype=fstype, read_only=True)
+    mounted = await site.activate(activation)
+    os.kill(site.steward, signal.SIGKILL)
+    await until(lambda: bool(site.unhealthy))
+    assert mount_api.mounted_at(str(mounted)) is not None
+    # The journal does not know for what it was held.
+    await site.driver.deactivate(replace(activation, read_only=False), drain=0)
+    assert left_below(directory) == []
+    assert_clean(image, fstype)
 
 
 async def test_who_keeps_it_busy_is_named_and_it_is_not_released(site: Site, image: Path) -> None:

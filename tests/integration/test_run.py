@@ -103,7 +103,7 @@ def test_the_death_of_the_controller_stops_the_command(cluster: DevCluster) -> N
         cluster.kill(holder)
         assert process.wait(SOON) == exits.LOST
         assert process.stderr is not None
-        assert f"{holder} does not answer" in process.stderr.read()
+        assert f"{holder}: it did not answer at" in process.stderr.read()
     cluster.restart(holder)
     again = run(cluster, "disk-3", "--", "true")
     assert again.returncode == 0, again.stderr

@@ -176,7 +176,9 @@ async def site(installation: Installation, shared_etcd: EtcdServer) -> AsyncIter
             listen="127.0.0.1:0",
             session_ttl=2,
             access_ttl=ACCESS_TTL,
-            etcd=EtcdSettings(endpoints=(shared_etcd.endpoint,), prefix=installation.keys.prefix),
+            etcd=EtcdSettings(
+                endpoints=(shared_etcd.endpoint,), prefix=installation.keys.prefix, throwaway=True
+            ),
         )
         assert await main(config, door.stop) == 0, f"coordinator {door.name} failed"
 

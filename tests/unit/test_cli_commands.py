@@ -113,7 +113,9 @@ def test_requests_and_history(coordinator: FakeCoordinator) -> None:
         changes=[history_pb2.RecordedChange(change=change)]
     )
     shown = invoke("get", "requests", "--device", "d1", "--ended", coordinator=coordinator)
-    assert shown.stdout.splitlines()[1].split() == ["r1", "d1", "PENDING", "0", "2", "in", "use"]
+    assert shown.stdout.splitlines()[1].split() == [
+        *("r1", "d1", "PENDING", "exclusive", "0", "2", "in", "use")
+    ]
     assert coordinator.calls[-1][1].ended
     shown = invoke("get", "history", "d1", coordinator=coordinator)
     assert shown.stdout.splitlines()[1].split() == ["d1", "3", "TAKEN_OVER", "2", "a", "(expired)", "b"]
@@ -183,7 +185,7 @@ def test_the_help_documents_the_codes() -> None:
 
 def test_without_coordinators(coordinator: FakeCoordinator) -> None:
     result = invoke("get", "devices")
-    assert result.exit_code == exits.BAD_REQUEST
+    assert result.exit_code == exits.USAGE
     assert "LEASEHOLD_COORDINATORS" in result.stderr
     coordinator.answers["ListDevices"] = lambda _: devices_pb2.ListDevicesResponse()
     assert invoke("get", "devices", "-c", coordinator.endpoint).exit_code == 0
@@ -203,7 +205,7 @@ def test_a_role_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monkey
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: ())
     result = invoke("coordinator", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "pip install 'leasehold[coordinator]'" in result.stderr
 
 
@@ -217,7 +219,7 @@ def test_a_role_whose_extra_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     config.write_text("", encoding="utf-8")
     monkeypatch.setattr(daemon, "entry_points", lambda **_: (_Broken(),))
     result = invoke("controller", "--config", str(config))
-    assert result.exit_code == exits.CONFIG
+    assert result.exit_code == exits.USAGE
     assert "needs grpc_health" in result.stderr
     assert "pip install 'leasehold[controller]'" in result.stderr
 

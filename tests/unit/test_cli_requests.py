@@ -12,7 +12,11 @@ from leasehold.v1 import access_pb2, records_pb2
 
 STATUS = access_pb2.AccessStatus(
     request=records_pb2.AccessRequest(
-        request="r1", device="d1", state=records_pb2.REQUEST_STATE_PENDING, client="me"
+        request="r1",
+        device="d1",
+        state=records_pb2.REQUEST_STATE_PENDING,
+        client="me",
+        mode=records_pb2.ACCESS_MODE_READ_ONLY,
     ),
     position=2,
     reason="in use",
@@ -34,14 +38,17 @@ def leasehold() -> Iterator[CommandLine]:
 
 def test_request(leasehold: CommandLine) -> None:
     options = ("--via", "b", "--priority", "0", "--wait", "2m", "--request-id", "r1", "--client", "me")
-    result = leasehold("request", "d1", *options)
+    result = leasehold("request", "d1", *options, "--mode", "read-only")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.splitlines()[1].split() == ["r1", "d1", "PENDING", "0", "2", "me", "in", "use"]
+    assert result.stdout.splitlines()[1].split() == [
+        *("r1", "d1", "PENDING", "read-only", "0", "2", "me", "in", "use")
+    ]
     assert "within 15 s" in result.stderr
     assert "leasehold renew r1" in result.stderr
     (asked,) = leasehold.asked("SubmitAccess")
     assert (asked.request_id, asked.spec.device, asked.spec.controller) == ("r1", "d1", "b")
     assert asked.spec.HasField("priority")
+    assert asked.spec.mode == records_pb2.ACCESS_MODE_READ_ONLY
     assert (asked.spec.priority, asked.spec.wait_seconds, asked.spec.client) == (0, 120, "me")
 
 
@@ -53,6 +60,7 @@ def test_a_request_gets_an_id_and_a_client(leasehold: CommandLine) -> None:
     assert first.request_id != second.request_id
     assert "@" in first.spec.client
     assert not first.spec.HasField("priority")
+    assert first.spec.mode == records_pb2.ACCESS_MODE_EXCLUSIVE
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_each_names_its_request_and_passes_refusals_on(
     )
 
 
-@pytest.mark.parametrize("options", [("--wait", "soon"), ("--priority", "101")])
+@pytest.mark.parametrize("options", [("--wait", "soon"), ("--priority", "101"), ("--mode", "mine")])
 def test_wrong_usage(leasehold: CommandLine, options: tuple[str, str]) -> None:
     result = leasehold("request", "d1", *options)
     assert result.exit_code == exits.USAGE

@@ -56,6 +56,10 @@ def device(name: str = "d1", *, epoch: int = 7, revision: int = 20) -> devices_p
         reason="it is in use",
         revision=revision,
         etag="11",
+        candidates=[
+            devices_pb2.Candidate(controller="a"),
+            devices_pb2.Candidate(controller="b", hindrance="is draining"),
+        ],
     )
 
 
@@ -119,19 +123,41 @@ HISTORY = (
 def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) -> None:
     leasehold.answer(ListDevices=devices(device()))
     heading, row = leasehold("get", "devices", "-o", "wide").stdout.splitlines()
-    assert heading.split()[-7:] == [
+    assert heading.split()[-9:] == [
         "DRIVER",
         "CONTROLLERS",
         "TTL",
         "TAKEOVER",
+        "TEMPLATE",
         "CLIENTS",
+        "READ-ONLY",
         "UNRELEASED",
         "ETAG",
     ]
-    assert row.split()[-7:] == ["nbd", "any", "5", "hold-off", "me", "3,7", "11"]
+    assert row.split()[-8:] == ["nbd", "any", "5", "hold-off", "me", "no", "3,7", "11"]
     assert leasehold("get", "devices", "-o", "name").stdout == "d1\n"
     as_json = json.loads(leasehold("get", "devices", "-o", "json").stdout)
     assert yaml.safe_load(leasehold("get", "devices", "-o", "yaml").stdout) == as_json
+
+
+@pytest.mark.parametrize(
+    ("template", "path", "shown"),
+    [
+        # From a coordinator that knows of no templates.
+        ("", "", ["nbd://h/d1-7"]),
+        ("{path}?x", "nbd://h/d1-7?x", ["nbd://h/d1-7?x"]),
+        # The driver's own is no path for clients.
+        ("{path}?x", "", []),
+    ],
+)
+def test_the_path_is_the_one_that_clients_get(
+    leasehold: CommandLine, template: str, path: str, shown: list[str]
+) -> None:
+    told = device()
+    told.device.path_template, told.path = template, path
+    leasehold.answer(ListDevices=devices(told))
+    words = leasehold("get", "devices").stdout.split()
+    assert [word for word in words if word.startswith("nbd://")] == shown
 
 
 def test_a_deleted_device_is_not_shown_unless_asked_for(leasehold: CommandLine) -> None:
@@ -188,12 +214,12 @@ def test_watching_requests_shows_their_end(leasehold: CommandLine) -> None:
             status=request(state=records_pb2.REQUEST_STATE_EXPIRED, position=0)
         ),
     )
-    rows = [line.split()[:5] for line in leasehold("get", "requests", "--watch").stdout.splitlines()]
+    rows = [line.split()[:6] for line in leasehold("get", "requests", "--watch").stdout.splitlines()]
     assert rows[1:] == [
-        ["r2", "d1", "PENDING", "50", "1"],
-        ["r3", "d1", "PENDING", "50", "2"],
-        ["r3", "d1", "PENDING", "50", "1"],
-        ["r2", "d1", "EXPIRED", "50", "you"],
+        ["r2", "d1", "PENDING", "exclusive", "50", "1"],
+        ["r3", "d1", "PENDING", "exclusive", "50", "2"],
+        ["r3", "d1", "PENDING", "exclusive", "50", "1"],
+        ["r2", "d1", "EXPIRED", "exclusive", "50", "you"],
     ]
 
 
@@ -250,8 +276,11 @@ def test_describe_device(leasehold: CommandLine) -> None:
         "Epoch: 7",
         "Unreleased: epoch 3 of z",
         "Parameter: backing=/x",
-        "r1 me a 7 then",
-        "1 r2 you 50 then d1 is in use",
+        "Serves: for reading and writing",
+        "a could be given it",
+        "b is draining",
+        "r1 me exclusive a 7 then",
+        "1 r2 you exclusive 50 then d1 is in use",
         "2026-01-31T11:59:00Z ACTIVATED 7 z a r1 reason 2",
     ):
         assert line in lines
@@ -399,7 +428,7 @@ def test_the_own_version_is_told_without_a_cluster(leasehold: CommandLine) -> No
     assert (result.exit_code, result.stdout.split()[-1]) == (0, own)
     leasehold.coordinator.endpoint = "not an address"
     result = leasehold("version")
-    assert (result.exit_code, result.stdout.split()[-1]) == (exits.BAD_REQUEST, own)
+    assert (result.exit_code, result.stdout.split()[-1]) == (exits.USAGE, own)
 
 
 def test_coordinators(leasehold: CommandLine) -> None:

@@ -10,6 +10,7 @@ import pytest
 from leasehold.client import (
     Access,
     AccessLost,
+    BadRequest,
     Ended,
     Leasehold,
     Moved,
@@ -96,6 +97,37 @@ async def test_a_grant_tells_everything_and_leaving_gives_back(
     await left(access)
     assert first.released == ["r1"]
     await soon(session.closed.wait())
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("exclusive", records_pb2.ACCESS_MODE_EXCLUSIVE),
+        ("shared", records_pb2.ACCESS_MODE_SHARED),
+        ("read-only", records_pb2.ACCESS_MODE_READ_ONLY),
+    ],
+)
+async def test_a_mode_is_asked_for(
+    leasehold: Leasehold, first: FakeCoordinator, mode: str, number: int
+) -> None:
+    access = leasehold.access("disk-1", mode=mode)
+    assert access.mode == mode
+    entering = asyncio.create_task(access.__aenter__())
+    session = await soon(first.session())
+    assert session.request.spec.mode == number
+    session.grant(path="p", epoch=1)
+    await soon(entering)
+    await access.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("mode", ["", "READ_ONLY", "readonly", "write", "x" * 1000])
+async def test_an_unknown_mode_is_not_sent(leasehold: Leasehold, mode: str) -> None:
+    with pytest.raises(BadRequest, match="is no mode: it is one of exclusive, shared, read-only") as raised:
+        leasehold.access("disk-1", mode=mode)
+    assert raised.value.reason == "BAD_MODE"
+    assert len(str(raised.value)) < 200
+    with pytest.raises(BadRequest):
+        await leasehold.submit("disk-1", mode=mode)
 
 
 async def test_priority_zero_is_not_priority_unset(leasehold: Leasehold, first: FakeCoordinator) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import leasehold.client as public
 from leasehold.client import (
+    BadAddress,
     BadRequest,
     Busy,
     Conflict,
@@ -225,8 +226,16 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         status=devices_pb2.DeviceStatus(device=request.device)
     )
     found = await leasehold.create_device(
-        "d1", "nbd", {"backing": "/x"}, controllers=("b", "a"), ttl=7, strict=True
+        "d1",
+        "nbd",
+        {"backing": "/x"},
+        controllers=("b", "a"),
+        ttl=7,
+        strict=True,
+        path_template="{path}?x",
+        unchecked=True,
     )
+    assert first.calls[-1][1].unchecked
     assert found.device == records_pb2.Device(
         version=1,
         device="d1",
@@ -235,7 +244,16 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         controllers=["b", "a"],
         ttl_seconds=7,
         takeover=records_pb2.TAKEOVER_POLICY_STRICT,
+        path_template="{path}?x",
     )
+
+
+async def test_what_no_message_can_carry_is_named(leasehold: Leasehold) -> None:
+    with pytest.raises(BadRequest, match=r"^ttl_seconds 4294967296 can not be sent: "):
+        await leasehold.create_device("d1", "nbd", ttl=1 << 32)
+    with pytest.raises(BadRequest, match=r"^device '\\udcff' can not be sent: ") as caught:
+        await leasehold.device("\udcff")
+    assert caught.value.metadata == {"field": "device"}
 
 
 async def test_a_transfer_takes_as_long_as_it_may(leasehold: Leasehold, first: FakeCoordinator) -> None:
@@ -257,9 +275,11 @@ async def test_a_transfer_that_takes_too_long(
     assert second.calls == [], "it may still be under way"
 
 
-@pytest.mark.parametrize("given", ["here", "host:port", "host:", ":7400", "http://host:7400", "a b:7400"])
+@pytest.mark.parametrize(
+    "given", ["here", "host:port", "host:", ":7400", "http://host:7400", "a b:7400", "host:65536"]
+)
 def test_what_is_no_address(given: str) -> None:
-    with pytest.raises(BadRequest, match="is not host:port"):
+    with pytest.raises(BadAddress, match="is not host:port"):
         connect(given)
 
 

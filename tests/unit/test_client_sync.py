@@ -34,7 +34,11 @@ async def test_an_access_and_its_changes(coordinator: FakeCoordinator) -> None:
     entered = asyncio.Event()
 
     def client() -> tuple[list[object], Access]:
-        with connect(coordinator.endpoint) as leasehold, leasehold.access("d1", request="r1") as access:
+        with (
+            connect(coordinator.endpoint) as leasehold,
+            leasehold.access("d1", request="r1", mode="shared") as access,
+        ):
+            assert access.mode == "shared"
             assert (access.path, access.epoch, access.controller) == ("p1", 1, "a")
             assert (access.device, access.request, access.revision) == ("d1", "r1", 1)
             loop.call_soon_threadsafe(entered.set)
@@ -46,6 +50,7 @@ async def test_an_access_and_its_changes(coordinator: FakeCoordinator) -> None:
     working = asyncio.create_task(beside(client))
     async with asyncio.timeout(SOON):
         session = await coordinator.session()
+    assert session.request.spec.mode == records_pb2.ACCESS_MODE_SHARED
     session.grant(path="p1", epoch=1)
     async with asyncio.timeout(SOON):
         await entered.wait()

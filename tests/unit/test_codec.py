@@ -59,6 +59,7 @@ FULL: tuple[Record, ...] = (
         controllers=(A, B),
         ttl_seconds=7,
         takeover=TakeoverPolicy.STRICT,
+        path_template="nbd://{data_host}:10809/{device}-{epoch}",
     ),
     Controller(
         controller=A,
@@ -89,16 +90,17 @@ FULL: tuple[Record, ...] = (
         epoch=BIG,
         state=HolderState.YIELDING,
         path="nbd://h:1/disk-1-42",
-        target=Target(controller=B, instance=TWO, session_lease=LEASE),
+        target=Target(controller=B, instance=TWO, session_lease=LEASE, read_only=True),
         request=Q,
         path_exposed=True,
+        read_only=True,
     ),
-    Assignment(device=D, controller=A, action=AssignmentAction.YIELD, epoch=Epoch(2)),
+    Assignment(device=D, controller=A, action=AssignmentAction.YIELD, epoch=Epoch(2), read_only=True),
     AccessRequest(
         request=Q,
         client="bareos",
         device=D,
-        mode=AccessMode.EXCLUSIVE,
+        mode=AccessMode.READ_ONLY,
         priority=100,
         controller=B,
         wait_seconds=60,
@@ -112,7 +114,15 @@ FULL: tuple[Record, ...] = (
     ),
     Client(request=Q, client="bareos"),
     QueueEntry(device=D, request=Q, priority=50),
-    Grant(device=D, request=Q, client="bareos", controller=A, epoch=Epoch(4), path="nbd://h:1/x"),
+    Grant(
+        device=D,
+        request=Q,
+        client="bareos",
+        controller=A,
+        epoch=Epoch(4),
+        path="nbd://h:1/x",
+        mode=AccessMode.SHARED,
+    ),
     Availability(device=D, controller=A, failures=3, reason="no image", failed_at="2026-01-01T00:00:00Z"),
     ControlChange(
         change="c1",
@@ -305,7 +315,8 @@ def test_an_enum_value_of_a_later_version_is_unreadable(record: Record, name: st
 
 
 def test_every_enum_field_is_among_the_examples() -> None:
-    assert sorted(name for _, name in ENUM_FIELDS) == ["action", "kind", "mode", "state", "state", "takeover"]
+    names = sorted(name for _, name in ENUM_FIELDS)
+    assert names == ["action", "kind", "mode", "mode", "state", "state", "takeover"]
 
 
 @pytest.mark.parametrize("lease", ["zz", "0x1", "-1", "1" * 17, "1F"])

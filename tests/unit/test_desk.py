@@ -60,6 +60,20 @@ def test_what_is_asked_for_is_taken_over() -> None:
     assert (request.wait_seconds, request.state) == (60, RequestState.PENDING)
 
 
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({}, AccessMode.EXCLUSIVE),
+        ({"mode": 0}, AccessMode.EXCLUSIVE),
+        ({"mode": 1}, AccessMode.EXCLUSIVE),
+        ({"mode": 2}, AccessMode.SHARED),
+        ({"mode": 3}, AccessMode.READ_ONLY),
+    ],
+)
+def test_a_mode_is_taken_over(given: Mapping[str, int], mode: AccessMode) -> None:
+    assert asked("r", asking(**given)).mode is mode
+
+
 @pytest.mark.parametrize(("given", "priority"), [({}, 50), ({"priority": 0}, 0), ({"priority": 100}, 100)])
 def test_a_priority_of_nought_is_not_an_absent_one(given: Mapping[str, int], priority: int) -> None:
     assert asked("r", asking(**given)).priority == priority
@@ -97,7 +111,9 @@ def test_hostile_specs_are_refused(text: str) -> None:
         ({"priority": 2**31 - 1}, "priority"),
         ({"wait_seconds": -1}, "wait_seconds"),
         ({"wait_seconds": LONGEST_WAIT + 1}, "wait_seconds"),
+        ({"mode": 4}, "mode"),
         ({"mode": 99}, "mode"),
+        ({"mode": -1}, "mode"),
         ({"client": "x" * 254}, "client"),
         ({"client": "x" * (1 << 20)}, "client"),
         ({"client": "a\0b"}, "client"),
@@ -158,7 +174,14 @@ def test_a_spec_that_can_not_be_is_refused(fields: Mapping[str, Any], field: str
 
 @pytest.mark.parametrize(
     "fields",
-    [{"priority": 51}, {"client": "other"}, {"controller": "a"}, {"wait_seconds": 1}, {"device": "d10"}],
+    [
+        {"priority": 51},
+        {"client": "other"},
+        {"controller": "a"},
+        {"wait_seconds": 1},
+        {"device": "d10"},
+        {"mode": 3},
+    ],
 )
 def test_the_same_id_with_another_spec_is_refused(fields: Mapping[str, Any]) -> None:
     content = Content(*pending("r"))
@@ -257,13 +280,21 @@ class Keeper:
 
     def __init__(self) -> None:
         self.kept: set[int] = set()
+        self.returned: list[int] = []
         self.answers: asyncio.Queue[Exception | None] = asyncio.Queue()
 
     async def adopt(self, number: int, ttl: int) -> SimpleNamespace:
         if error := await self.answers.get():
             raise error
         self.kept.add(number)
-        return SimpleNamespace(id=number)
+        return SimpleNamespace(id=number, alive=True)
+
+    async def spare(self, ttl: int) -> SimpleNamespace:
+        self.kept.add(8)
+        return SimpleNamespace(id=8, alive=True)
+
+    def give_back(self, lease: SimpleNamespace) -> None:
+        self.returned.append(lease.id)
 
     def forget(self, lease: SimpleNamespace) -> None:
         self.kept.discard(lease.id)
@@ -308,4 +339,27 @@ async def test_a_stream_that_could_not_keep_its_lease_leaves_none_behind() -> No
     keeper.answers.put_nowait(Unavailable("not now"))
     with pytest.raises(Unavailable):
         await renewing
+    assert keeper.kept == set()
+
+
+async def test_only_a_lease_that_nobody_keeps_is_given_back_and_once() -> None:
+    keeper = Keeper()
+    leases = AccessLeases(keeper, 15)  # type: ignore[arg-type]
+    leases.give_back(LeaseId("7"))
+    assert keeper.returned == [], "it was never kept here"
+    taken = await leases.take()
+    leases.give_back(LeaseId("8"))
+    assert keeper.returned == [], "it is about to be used"
+    leases.leave(taken)
+    entered, leaving = asyncio.Event(), asyncio.Event()
+    keeper.answers.put_nowait(None)
+    stream = asyncio.create_task(stay(leases, entered, leaving))
+    await entered.wait()
+    leases.give_back(LeaseId("7"))
+    assert keeper.returned == [], "a stream keeps it"
+    leaving.set()
+    await stream
+    for lease in ("7", "8", "8"):
+        leases.give_back(LeaseId(lease))
+    assert keeper.returned == [7, 8]
     assert keeper.kept == set()

@@ -14,12 +14,13 @@ def test_one_device_and_the_defaults_of_its_fields() -> None:
 def test_every_field() -> None:
     (entry,) = parse(
         "{device: d1, driver: exec, parameters: {backing: /x, mode: '0644'}, controllers: [b, a], "
-        "ttl_seconds: 20, takeover: strict, version: 1, etag: '7'}",
+        "ttl_seconds: 20, takeover: strict, version: 1, etag: '7', path_template: '{path}?x'}",
         "f",
     )
     assert entry.driver == "exec"
     assert entry.parameters == {"backing": "/x", "mode": "0644"}
     assert (entry.controllers, entry.ttl, entry.strict, entry.etag) == (("b", "a"), 20, True, "7")
+    assert entry.path_template == "{path}?x"
 
 
 def test_documents_and_lists() -> None:

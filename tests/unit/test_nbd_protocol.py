@@ -23,8 +23,8 @@ from leasehold.controller.nbd import worker as worker_module
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.connection import Connection
 from leasehold.controller.nbd.export import Export, Refused, State
+from leasehold.controller.nbd.inbox import PIECE
 from leasehold.controller.nbd.protocol import Command, ExportFlag, Option, OptionReply
-from leasehold.controller.nbd.transmission import BUFFER
 from leasehold.controller.nbd.worker import Config, Worker
 
 SIZE = 3 << 20
@@ -351,6 +351,96 @@ def test_writes(server: Server, flags: int, length: int) -> None:
     assert server.content("d-1") == PATTERN[:7] + data + PATTERN[7 + length :]
 
 
+def request(command: int, offset: int, data: bytes = b"", *, length: int = 0, flags: int = 0) -> bytes:
+    head = protocol.REQUEST.pack(protocol.REQUEST_MAGIC, flags, command, 77, offset, length or len(data))
+    return head + data
+
+
+@pytest.mark.parametrize("length", [1, 1000, 65536, PIECE - 1, PIECE, PIECE + 1, 700_000])
+def test_requests_that_come_together(server: Server, length: int) -> None:
+    server.add("d-1")
+    client = server.client().go("d-1")
+    chunks = [bytes([number]) * length for number in range(1, 5)]
+    stream = b"".join(request(Command.WRITE, at * length, data) for at, data in enumerate(chunks))
+    stream += request(Command.WRITE, SIZE, b"beyond")
+    stream += request(Command.WRITE, 4 * length, b"last", flags=protocol.FUA)
+    stream += request(Command.FLUSH, 0)
+    stream += request(Command.READ, 0, length=4 * length + 4)
+    sender = threading.Thread(target=client.sock.sendall, args=(stream,))
+    sender.start()
+    assert [client.simple() for _ in range(8)] == [0, 0, 0, 0, protocol.ENOSPC, 0, 0, 0]
+    assert client.take(4 * length + 4) == b"".join(chunks) + b"last"
+    sender.join()
+    client.send(Command.DISC)
+    assert client.closed()
+
+
+def test_requests_that_come_in_any_pieces(server: Server) -> None:
+    server.add("d-1")
+    client = server.client().go("d-1")
+    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    dice = random.Random(7)
+    lengths = [dice.choice((1, 17, 4096, 100_000)) for _ in range(40)]
+    offsets = [sum(lengths[:number]) for number in range(len(lengths))]
+    data = dice.randbytes(sum(lengths))
+    assert len(data) < SIZE
+    stream = b"".join(
+        request(Command.WRITE, at, data[at : at + length])
+        for at, length in zip(offsets, lengths, strict=True)
+    )
+
+    def send() -> None:
+        at = 0
+        while at < len(stream):
+            at += client.sock.send(stream[at : at + dice.choice((1, 27, 28, 29, 5000, 300_000))])
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert [client.simple() for _ in lengths] == [0] * len(lengths)
+    sender.join()
+    assert client.read(0, len(data)) == data
+
+
+def test_a_reply_does_not_wait_for_a_payload_that_is_late(server: Server) -> None:
+    server.add("d-1")
+    client = server.client().go("d-1")
+    late = request(Command.WRITE, 100, b"late")
+    client.sock.sendall(request(Command.WRITE, 0, b"early") + late[:-1])
+    assert client.simple() == 0
+    client.sock.sendall(late[-1:])
+    assert client.simple() == 0
+
+
+def test_a_client_that_leaves_between_two_requests_has_had_its_replies(server: Server) -> None:
+    export = server.add("d-1")
+    client = server.client().go("d-1")
+    client.sock.sendall(request(Command.WRITE, 0, b"one") + request(Command.WRITE, 3, b"two"))
+    client.sock.shutdown(socket.SHUT_WR)
+    assert [client.simple(), client.simple()] == [0, 0]
+    assert client.closed()
+    server.threads[0].join(10)
+    export.withdraw(10)
+    assert server.content("d-1")[:6] == b"onetwo"
+
+
+def test_of_writes_that_came_together_none_follows_the_end_of_the_hold(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = server.add("d-1")
+    client = server.client().go("d-1")
+    write = Backing.write
+
+    def last(self: Backing, view: memoryview, offset: int, *, durable: bool = False) -> None:
+        write(self, view, offset, durable=durable)
+        server.gate.shut(export.slot)
+
+    monkeypatch.setattr(Backing, "write", last)
+    client.sock.sendall(b"".join(request(Command.WRITE, at, b"x") for at in range(3)))
+    assert [client.simple(), client.simple()] == [0, protocol.ESHUTDOWN]
+    assert client.was_reset()
+    assert server.content("d-1") == b"x" + PATTERN[1:]
+
+
 @pytest.mark.parametrize("flags", [0, protocol.FUA, protocol.NO_HOLE, protocol.NO_HOLE | protocol.FUA])
 @pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (1, 5000), (4096, 1 << 20)])
 def test_write_zeroes(server: Server, flags: int, offset: int, length: int) -> None:
@@ -553,7 +643,7 @@ def test_a_write_is_cut_between_its_pieces(server: Server) -> None:
     while path.read_bytes()[half - 1] != 0xEE:
         assert time.monotonic() < end
     server.gate.shut(export.slot)
-    client.sock.sendall(b"\xee" * BUFFER)
+    client.sock.sendall(b"\xee" * PIECE)
     assert client.simple() == protocol.ESHUTDOWN
     assert client.was_reset()
     assert server.content("d-1") == b"\xee" * half + PATTERN[half:]

@@ -111,7 +111,7 @@ CASES = (
         "in use",
         (spec(), A, *holding("a"), *granted("r", "a", 1), *pending("s", priority=100)),
         Wait,
-        says="in use through a in epoch 1 by r of client of r",
+        says="in use exclusively through a in epoch 1 by r of client of r",
     ),
     Case(
         "in use, elsewhere wanted",

@@ -467,7 +467,9 @@ async def test_a_client_that_has_left_is_granted_nothing(installation: Installat
     await installation.activating(a)
     await installation.revoke(waiting.request.value.access_lease)
     serving = granting(installation, await installation.waiting("q1"))
-    assert serving.newcomer is None
+    state = await installation.state()
+    assert state.holder is not None
+    assert serving.newcomer(state.holder.value) is None
     state = await installation.publish(serving)
     assert state.holder is not None
     assert state.holder.value.state is HolderState.ACTIVE

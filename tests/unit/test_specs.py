@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from installation import DISK, Installation
+from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.lists import HistoryService
@@ -15,8 +16,9 @@ from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.specs import Specs
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError
-from leasehold.store import ownership
+from leasehold.store import ownership, requests
 from leasehold.store.codec import Stored
+from leasehold.store.ownership import Serving
 from leasehold.store.records import ControllerId, Device, DeviceId, TakeoverPolicy
 from leasehold.v1 import history_pb2
 
@@ -24,6 +26,14 @@ A, B = ControllerId("a"), ControllerId("b")
 SPEC = Device(device=DISK, driver="nbd")
 HARMLESS = replace(SPEC, controllers=(B, A), ttl_seconds=7, takeover=TakeoverPolicy.STRICT)
 ANOTHER = replace(SPEC, parameters={"backing": "/other"})
+TEMPLATED = replace(SPEC, path_template="{path}?x=1")
+
+
+class Willing(Checker):
+    """Every controller could serve every device."""
+
+    async def check(self, spec: Device) -> None:
+        return
 
 
 @pytest.fixture
@@ -40,7 +50,7 @@ async def ledger(installation: Installation) -> AsyncIterator[Ledger]:
 @pytest.fixture
 async def specs(installation: Installation, ledger: Ledger) -> Specs:
     await installation.device()
-    return Specs(ledger, Reader(ledger.kv, ledger.cluster))
+    return Specs(ledger, Reader(ledger.kv, ledger.cluster), Willing(ledger.kv, ledger.keys))
 
 
 async def standing(installation: Installation) -> Stored[Device]:
@@ -107,6 +117,47 @@ async def test_a_held_device_stays_the_device_it_is(installation: Installation, 
     assert (await standing(installation)).value == HARMLESS
 
 
+async def test_paths_stay_what_they_are_while_a_client_has_one(
+    installation: Installation, specs: Specs
+) -> None:
+    holder = await installation.controller("a")
+    waiting = await installation.submitted("r1")
+    await installation.activating(holder)
+    assert "being activated" in (await refused(specs, TEMPLATED)).message
+    await installation.publish(Serving(request=waiting.request, client=waiting.client))
+    error = await refused(specs, TEMPLATED)
+    assert (error.reason, error.metadata["field"]) == ("NOT_UPDATED", "path_template")
+    assert "client has a path made by it" in error.message
+    await installation.kv.delete(installation.keys.grant(DISK, waiting.request.value.request))
+    await specs.update(TEMPLATED, "")
+    assert (await standing(installation)).value == TEMPLATED
+
+
+async def test_a_grant_that_comes_in_between_keeps_the_paths(
+    installation: Installation, ledger: Ledger
+) -> None:
+    """Between its reading and its transaction a client is given the device where it is."""
+    await installation.device()
+    await installation.active(await installation.controller("a"))
+    waiting = await installation.submitted("r1")
+
+    class Late(Reader):
+        async def device(self, device: DeviceId) -> DeviceView:
+            view = await super().device(device)
+            if not view.state.grants:
+                assert waiting.client is not None
+                queue = await installation.queue()
+                made = requests.grant(
+                    installation.keys, view.state, queue, waiting.request, waiting.client, reason="r"
+                )
+                await installation.apply(made)
+            return view
+
+    late = Specs(ledger, Late(ledger.kv, ledger.cluster), Willing(ledger.kv, ledger.keys))
+    assert "client has a path made by it" in (await refused(late, TEMPLATED)).message
+    assert (await standing(installation)).value == SPEC
+
+
 async def test_a_device_on_its_way_is_left_alone(installation: Installation, specs: Specs) -> None:
     holder, target = await installation.controller("a"), await installation.controller("b")
     await installation.activating(holder)
@@ -143,7 +194,9 @@ async def test_a_device_assigned_meanwhile_is_looked_at_again(
                 await installation.active(holder)
             return view
 
-    error = await refused(Specs(ledger, Late(ledger.kv, ledger.cluster)), ANOTHER)
+    error = await refused(
+        Specs(ledger, Late(ledger.kv, ledger.cluster), Willing(ledger.kv, ledger.keys)), ANOTHER
+    )
     assert "a holds it" in error.message
     assert (await standing(installation)).value == SPEC
 
@@ -151,7 +204,7 @@ async def test_a_device_assigned_meanwhile_is_looked_at_again(
 async def test_delete_says_what_is_in_the_way(installation: Installation, ledger: Ledger) -> None:
     await installation.device()
     reader = Reader(ledger.kv, ledger.cluster)
-    specs = Specs(ledger, reader)
+    specs = Specs(ledger, reader, Willing(ledger.kv, ledger.keys))
     await installation.active(await installation.controller("a"))
     with pytest.raises(ApiError, match="a holds it in epoch 1: stop that controller"):
         await specs.delete(await reader.device(DISK))

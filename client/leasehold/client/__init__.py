@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from leasehold.client.connection import Leasehold, connect
     from leasehold.client.errors import (
         AccessLost,
+        BadAddress,
         BadRequest,
         Busy,
         Conflict,
@@ -40,6 +41,7 @@ _HOMES = {
     "connection": ("Leasehold", "connect"),
     "errors": (
         "AccessLost",
+        "BadAddress",
         "BadRequest",
         "Busy",
         "Conflict",
@@ -58,6 +60,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Access",
     "AccessLost",
+    "BadAddress",
     "BadRequest",
     "Busy",
     "Change",

@@ -34,6 +34,7 @@ from leasehold.client.errors import (
     ServerError,
     TimedOut,
 )
+from leasehold.client.modes import mode_name
 from leasehold.client.session import Session
 from leasehold.v1 import access_pb2, records_pb2
 
@@ -116,6 +117,11 @@ class Access:
     @property
     def device(self) -> str:
         return self._request.spec.device
+
+    @property
+    def mode(self) -> str:
+        """How it may be used: "exclusive", "shared" or "read-only"."""
+        return mode_name(self._request.spec.mode)
 
     @property
     def request(self) -> str:

@@ -61,13 +61,16 @@ async def plan(leasehold: "Leasehold", entries: Sequence[Entry]) -> list[Step]:
 
 
 async def carry_out(
-    leasehold: "Leasehold", steps: Sequence[Step], *, validate_only: bool = False
+    leasehold: "Leasehold", steps: Sequence[Step], *, validate_only: bool = False, unchecked: bool = False
 ) -> list[Failed]:
-    """Do it, or only ask whether it would be accepted. What failed; all the rest is done."""
+    """Do it, or only ask whether it would be accepted. What failed; all the rest is done.
+
+    With `unchecked` no controller is asked whether it could serve the devices.
+    """
 
     async def attempt(step: Step) -> Failed | None:
         try:
-            await _change(leasehold, step, validate_only)
+            await _change(leasehold, step, validate_only=validate_only, unchecked=unchecked)
         except LeaseholdError as error:
             return Failed(step.entry, error)
         return None
@@ -75,7 +78,9 @@ async def carry_out(
     return [failed for failed in await _each(steps, attempt) if failed is not None]
 
 
-async def _change(leasehold: "Leasehold", step: Step, validate_only: bool) -> devices_pb2.DeviceStatus:
+async def _change(
+    leasehold: "Leasehold", step: Step, *, validate_only: bool, unchecked: bool
+) -> devices_pb2.DeviceStatus:
     entry = step.entry
     if not step.known:
         return await leasehold.create_device(
@@ -85,7 +90,9 @@ async def _change(leasehold: "Leasehold", step: Step, validate_only: bool) -> de
             controllers=entry.controllers,
             ttl=entry.ttl,
             strict=entry.strict,
+            path_template=entry.path_template,
             validate_only=validate_only,
+            unchecked=unchecked,
         )
     return await leasehold.update_device(
         entry.device,
@@ -94,8 +101,10 @@ async def _change(leasehold: "Leasehold", step: Step, validate_only: bool) -> de
         controllers=entry.controllers,
         ttl=entry.ttl,
         strict=entry.strict,
+        path_template=entry.path_template,
         etag=step.etag,
         validate_only=validate_only,
+        unchecked=unchecked,
     )
 
 

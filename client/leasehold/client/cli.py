@@ -19,6 +19,7 @@ from leasehold.client.commands import describe, device, get, history, request, v
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
+from leasehold.client.modes import Mode
 from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
 from leasehold.client.process import DevFailed
 
@@ -42,7 +43,7 @@ class _Group(typer.core.TyperGroup):
             raise typer.Exit(exits.code_of(error)) from error
         except (NotInstalled, NoEtcd) as error:
             say(str(error))
-            raise typer.Exit(exits.CONFIG) from error
+            raise typer.Exit(exits.USAGE) from error
         except DevFailed as error:
             say(str(error))
             raise typer.Exit(exits.FAULT) from error
@@ -86,6 +87,7 @@ def run(
     device: DeviceName,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
+    mode: request.How = Mode.EXCLUSIVE,
     via: request.Via = "",
     priority: request.Priority = None,
     wait: request.Wait = "",
@@ -97,9 +99,10 @@ def run(
     """Run COMMAND while this machine has a device.
 
     COMMAND finds where the device is in LEASEHOLD_PATH, and what it may want to know besides in
-    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER and LEASEHOLD_REQUEST. It has our standard
-    streams, and signals are passed on to it. When the access is lost or moved, COMMAND and everything it
-    has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it is left.
+    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER, LEASEHOLD_REQUEST and LEASEHOLD_MODE. It has
+    our standard streams, and signals are passed on to it. When the access is lost or moved, COMMAND and
+    everything it has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it
+    is left.
     """
     from leasehold.client import run as runner  # noqa: PLC0415
 
@@ -109,6 +112,7 @@ def run(
     async def work(leasehold: "Leasehold") -> int:
         access = leasehold.access(
             device,
+            mode=mode,
             priority=priority,
             controller=via,
             wait=limit,
@@ -151,6 +155,7 @@ def dev(
     """
     from leasehold.client.dev import DevCluster  # noqa: PLC0415
 
+    _made(directory)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -167,6 +172,7 @@ def demo(directory: Directory = None) -> None:
     """Show on a cluster of its own that what is promised holds, with the times it takes."""
     from leasehold.client import demo as demonstration  # noqa: PLC0415
 
+    _made(directory)
     raise typer.Exit(demonstration.show(directory, say))
 
 
@@ -190,9 +196,17 @@ def _progress(device: str) -> "Callable[[Progress], None]":
     return tell
 
 
+def _made(directory: Path | None) -> None:
+    try:
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}", param_hint="--directory") from error
+
+
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
-    if match is None:
+    match = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
+    if match is None or not int(match[1]):
         raise typer.BadParameter(f"{text!r} is no size: bytes, or with K, M, G", param_hint="--size")
     return int(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]]
 

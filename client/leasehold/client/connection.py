@@ -17,6 +17,8 @@ from leasehold.client.changes import Progress
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import TimedOut
+from leasehold.client.messages import made
+from leasehold.client.modes import mode_number
 from leasehold.client.tls import Security
 from leasehold.v1 import (
     access_pb2,
@@ -68,6 +70,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -77,6 +80,8 @@ class Leasehold:
     ) -> Access:
         """Access to `device`, granted once the result is entered.
 
+        mode: "exclusive"; "shared" with others that write too and ask for the same; "read-only" beside others
+            that only read, under a path that refuses writes.
         priority: 0 to 100, higher goes first; None means 50.
         controller: the only one to be served by; empty means any.
         wait: seconds to wait at most; None waits without limit.
@@ -84,14 +89,15 @@ class Leasehold:
         request: its id, by which a later process finds the same request again; by default a new one.
         progress: called with the reason of every wait, from the event loop.
         """
-        spec = _access_spec(device, priority, controller, wait, client)
-        asked = access_pb2.RequestAccessRequest(request_id=request or secrets.token_hex(8), spec=spec)
+        spec = _access_spec(device, priority, controller, wait, client, mode=mode)
+        asked = made(access_pb2.RequestAccessRequest, request_id=request or secrets.token_hex(8), spec=spec)
         return Access(self, asked, wait, progress)
 
     async def submit(
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -103,9 +109,10 @@ class Leasehold:
         For a client that looks again with `request`: it has to `renew` within the access TTL that the answer
         names, granted or not, and ends with `release`.
         """
-        asked = access_pb2.SubmitAccessRequest(
+        asked = made(
+            access_pb2.SubmitAccessRequest,
             request_id=request or secrets.token_hex(8),
-            spec=_access_spec(device, priority, controller, wait, client),
+            spec=_access_spec(device, priority, controller, wait, client, mode=mode),
         )
         answer: access_pb2.SubmitAccessResponse = await self._ask(stubs.access, "SubmitAccess", asked)
         return answer.status
@@ -113,7 +120,7 @@ class Leasehold:
     async def renew(self, request: str) -> access_pb2.AccessStatus:
         """Say that the client of a request is still there. Raises `Refused` once the request is over."""
         answer: access_pb2.RenewAccessResponse = await self._ask(
-            stubs.access, "RenewAccess", access_pb2.RenewAccessRequest(request_id=request)
+            stubs.access, "RenewAccess", made(access_pb2.RenewAccessRequest, request_id=request)
         )
         return answer.status
 
@@ -124,7 +131,7 @@ class Leasehold:
 
     async def device(self, device: str) -> devices_pb2.DeviceStatus:
         """One device. Raises `NotFound`."""
-        request = devices_pb2.GetDeviceRequest(device=device)
+        request = made(devices_pb2.GetDeviceRequest, device=device)
         answer: devices_pb2.GetDeviceResponse = await self._ask(stubs.devices, "GetDevice", request)
         return answer.status
 
@@ -137,17 +144,28 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         """Make `device` known; the same once more is accepted. Raises `Conflict` if the id is taken.
 
         controllers: those that may hold it, most preferred first; none means any that has the driver.
         ttl: seconds its holder's lease lives; 0 means the default.
         strict: a takeover waits a whole TTL longer.
+        path_template: the URI that clients get instead of the driver's path, in which {device}, {controller},
+            {data_host}, {epoch} and {path} are filled in.
         validate_only: only find out whether it would be accepted.
+        unchecked: no controller is asked whether it could serve the device. Otherwise raises `BadRequest` if
+            the driver can not use the parameters, `Refused` if no controller could serve it: `reason` is
+            BAD_PARAMETER, NO_SUCH_DRIVER or NOT_REACHABLE.
         """
-        spec = _device_spec(device, driver, parameters, controllers, ttl, strict=strict)
-        request = devices_pb2.CreateDeviceRequest(device=spec, validate_only=validate_only)
+        spec = _device_spec(
+            device, driver, parameters, controllers, ttl, strict=strict, path_template=path_template
+        )
+        request = devices_pb2.CreateDeviceRequest(
+            device=spec, validate_only=validate_only, unchecked=unchecked
+        )
         answer: devices_pb2.CreateDeviceResponse = await self._ask(stubs.devices, "CreateDevice", request)
         return answer.status
 
@@ -160,24 +178,35 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         etag: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         """Replace what is said of `device`. The arguments are those of `create_device`, and
 
         etag: from the `DeviceStatus` that the change is based on; empty for whatever stands.
 
         Raises `NotFound`; `Refused` if another change came first, or one of driver, parameters and
-        controllers can not change while the device is held: `reason` is ETAG_CHANGED or NOT_UPDATED.
+        controllers can not change while the device is held, nor path_template while a client has access:
+        `reason` is ETAG_CHANGED or NOT_UPDATED.
         """
-        spec = _device_spec(device, driver, parameters, controllers, ttl, strict=strict)
-        request = devices_pb2.UpdateDeviceRequest(device=spec, etag=etag, validate_only=validate_only)
+        spec = _device_spec(
+            device, driver, parameters, controllers, ttl, strict=strict, path_template=path_template
+        )
+        request = made(
+            devices_pb2.UpdateDeviceRequest,
+            device=spec,
+            etag=etag,
+            validate_only=validate_only,
+            unchecked=unchecked,
+        )
         answer: devices_pb2.UpdateDeviceResponse = await self._ask(stubs.devices, "UpdateDevice", request)
         return answer.status
 
     async def delete_device(self, device: str) -> None:
         """Forget a device. Raises `Refused` while it is held, unreleased or asked for."""
-        request = devices_pb2.DeleteDeviceRequest(device=device)
+        request = made(devices_pb2.DeleteDeviceRequest, device=device)
         await self._ask(stubs.devices, "DeleteDevice", request)
 
     async def transfer(
@@ -187,7 +216,7 @@ class Leasehold:
 
         Raises `TimedOut` after `timeout` seconds; the transfer may then still be under way.
         """
-        request = devices_pb2.TransferDeviceRequest(device=device, controller=controller, reason=reason)
+        request = made(devices_pb2.TransferDeviceRequest, device=device, controller=controller, reason=reason)
         until = now() + timeout
 
         async def attempt(channel: grpc.aio.Channel, limit: float) -> devices_pb2.TransferDeviceResponse:
@@ -218,7 +247,7 @@ class Leasehold:
 
     async def requests(self, device: str = "", *, ended: bool = False) -> list[access_pb2.AccessStatus]:
         """Access requests in the order of their arrival, for one device or all; `ended` ones too."""
-        request = access_pb2.ListAccessRequest(device=device, ended=ended, page_size=_PAGE)
+        request = made(access_pb2.ListAccessRequest, device=device, ended=ended, page_size=_PAGE)
         return await self._all(stubs.access, "ListAccess", request, "statuses")
 
     async def request(self, request: str, *, confirm: bool = False) -> access_pb2.AccessStatus:
@@ -226,7 +255,7 @@ class Leasehold:
         that one does not answer. Raises `NotFound`.
         """
         answer: access_pb2.GetAccessResponse = await self._ask(
-            stubs.access, "GetAccess", access_pb2.GetAccessRequest(request_id=request, confirm=confirm)
+            stubs.access, "GetAccess", made(access_pb2.GetAccessRequest, request_id=request, confirm=confirm)
         )
         return answer.status
 
@@ -235,7 +264,7 @@ class Leasehold:
         answer: access_pb2.CancelAccessResponse = await self._ask(
             stubs.access,
             "CancelAccess",
-            access_pb2.CancelAccessRequest(request_id=request),
+            made(access_pb2.CancelAccessRequest, request_id=request),
         )
         return answer.status
 
@@ -244,13 +273,13 @@ class Leasehold:
         answer: access_pb2.ReleaseAccessResponse = await self._ask(
             stubs.access,
             "ReleaseAccess",
-            access_pb2.ReleaseAccessRequest(request_id=request),
+            made(access_pb2.ReleaseAccessRequest, request_id=request),
         )
         return answer.status
 
     async def history(self, device: str = "") -> list[history_pb2.RecordedChange]:
         """Control changes, by device and number."""
-        request = history_pb2.ListControlChangesRequest(device=device, page_size=_PAGE)
+        request = made(history_pb2.ListControlChangesRequest, device=device, page_size=_PAGE)
         return await self._all(stubs.history, "ListControlChanges", request, "changes")
 
     async def changes(
@@ -259,7 +288,9 @@ class Leasehold:
         """Control changes made after the etcd revision `after`, in the order in which they were made, and the
         revision up to which they are complete: the `after` of the next call.
         """
-        request = history_pb2.ListControlChangesRequest(device=device, page_size=_PAGE, after_revision=after)
+        request = made(
+            history_pb2.ListControlChangesRequest, device=device, page_size=_PAGE, after_revision=after
+        )
         found: list[history_pb2.RecordedChange] = []
         until = 0
         async with self:
@@ -295,12 +326,13 @@ class Leasehold:
 
 
 def _access_spec(
-    device: str, priority: int | None, controller: str, wait: float | None, client: str
+    device: str, priority: int | None, controller: str, wait: float | None, client: str, *, mode: str
 ) -> access_pb2.AccessSpec:
-    spec = access_pb2.AccessSpec(
+    spec = made(
+        access_pb2.AccessSpec,
         device=device,
         client=client or default_client(),
-        mode=records_pb2.ACCESS_MODE_EXCLUSIVE,
+        mode=mode_number(mode),
         controller=controller,
         wait_seconds=wait_seconds(wait),
     )
@@ -317,8 +349,10 @@ def _device_spec(
     ttl: int,
     *,
     strict: bool,
+    path_template: str,
 ) -> records_pb2.Device:
-    return records_pb2.Device(
+    return made(
+        records_pb2.Device,
         version=1,
         device=device,
         driver=driver,
@@ -326,6 +360,7 @@ def _device_spec(
         controllers=controllers,
         ttl_seconds=ttl,
         takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
+        path_template=path_template,
     )
 
 

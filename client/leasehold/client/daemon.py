@@ -35,6 +35,9 @@ def command(role: str) -> Callable[[Path], int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.stderr.write("usage: python -m leasehold.client.daemon ROLE CONFIG\n")
+        sys.exit(2)
     try:
         sys.exit(run(sys.argv[1], Path(sys.argv[2])))
     except NotInstalled as error:

@@ -57,6 +57,7 @@ class DevCluster:
     size: bytes of each.
     ttl: seconds, of devices, sessions and accesses.
     etcd_port: for etcd's clients; 0 for any that is free.
+    slots: how many devices one controller can hold.
     say: told what is going on, in sentences.
     """
 
@@ -70,6 +71,7 @@ class DevCluster:
         coordinators: int = 2,
         controllers: Sequence[str] = ("a", "b", "c"),
         etcd_port: int = 0,
+        slots: int = 256,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory.resolve()
@@ -83,6 +85,7 @@ class DevCluster:
         self._coordinators = [f"manager-{number}" for number in range(1, coordinators + 1)]
         self._controllers = tuple(controllers)
         self._etcd_port = etcd_port
+        self._slots = slots
         self._say = say
         self._nursery: Nursery | None = None
         self._etcd: Process | None = None
@@ -184,8 +187,13 @@ class DevCluster:
         """Make one more device, with an image of its own, eligible on `controllers` or all."""
         image = self.device_image(device)
         image.parent.mkdir(exist_ok=True)
-        with image.open("ab") as file:
-            file.truncate(self._size if size is None else size)
+        try:
+            with image.open("ab") as file:
+                file.truncate(self._size if size is None else size)
+        except OSError as error:
+            raise DevFailed(
+                f"the image of device {device} was not made: {image}: {error.strerror}"
+            ) from error
         spec = records_pb2.Device(
             version=1,
             device=device,
@@ -267,7 +275,7 @@ class DevCluster:
             {"name": name, "state_dir": str(state), "listen": endpoint, "session_ttl": self._ttl},
             {
                 "etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True},
-                "data": {"listen_host": HOST, "workers": 1, "gate_dir": str(state), "slots": 256},
+                "data": {"listen_host": HOST, "workers": 1, "gate_dir": str(state), "slots": self._slots},
             },
         )
 

@@ -15,7 +15,7 @@ import grpc.aio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from leasehold.client.clock import now
-from leasehold.client.errors import BadRequest, Busy, LeaseholdError, NoCoordinator, ServerError, Untrusted
+from leasehold.client.errors import BadAddress, Busy, LeaseholdError, NoCoordinator, ServerError, Untrusted
 from leasehold.client.status import from_rpc
 from leasehold.client.tls import Security, obstacle, settled, suspect
 
@@ -43,19 +43,22 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 
+_LAST_PORT = 65535
+
 
 def addresses(given: Sequence[str]) -> tuple[str, ...]:
     """The addresses to ask: `given`, or else those in LEASEHOLD_COORDINATORS, separated by commas.
 
-    Raises `BadRequest` if there is none or one is not host:port.
+    Raises `BadAddress` if there is none or one is not host:port.
     """
     texts = given or (os.environ.get(VARIABLE, ""),)
     found = [part.strip() for text in texts for part in text.split(",") if part.strip()]
     if not found:
-        raise BadRequest(f"no coordinator is named: give host:port, or set {VARIABLE}", "NO_ENDPOINT")
+        raise BadAddress(f"no coordinator is named: give host:port, or set {VARIABLE}", "NO_ENDPOINT")
     for address in found:
-        if not _ADDRESS.fullmatch(address):
-            raise BadRequest(f"{address!r} is not host:port", "BAD_ENDPOINT")
+        if not _ADDRESS.fullmatch(address) or int(address.rpartition(":")[2]) > _LAST_PORT:
+            where = "" if given else f"{VARIABLE}: "
+            raise BadAddress(f"{where}{address!r} is not host:port", "BAD_ENDPOINT")
     return tuple(dict.fromkeys(found))
 
 

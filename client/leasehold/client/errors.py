@@ -9,7 +9,8 @@
     ├── TimedOut         it took longer than you were willing to wait: wait longer, or do without
     ├── BadRequest       it can never be done as asked: correct the call
     │   ├── NotFound     there is nothing of that name
-    │   └── Conflict     there is already something else of that name
+    │   ├── Conflict     there is already something else of that name
+    │   └── BadAddress   whom to ask is not said, or not as host:port: correct the configuration
     ├── Refused          understood and declined, `reason` says why: change the circumstances
     ├── AccessLost       the device is no longer yours: stop using the path, ask again
     └── ServerError      a fault in Leasehold: report it
@@ -64,6 +65,10 @@ class NotFound(BadRequest):
 
 class Conflict(BadRequest):
     """The name is taken by something else."""
+
+
+class BadAddress(BadRequest):
+    """No coordinator is named, or what names it is no address."""
 
 
 class Refused(LeaseholdError):

@@ -2,6 +2,7 @@
 
 from leasehold.client.errors import (
     AccessLost,
+    BadAddress,
     BadRequest,
     Busy,
     LeaseholdError,
@@ -14,13 +15,13 @@ from leasehold.client.errors import (
 
 BROKEN = 1
 USAGE = 2
+"""What the daemons return too for a configuration that can not be used."""
 BAD_REQUEST = 65
 NOT_FOUND = 66
 NO_COORDINATOR = 69
 FAULT = 70
 LOST = 75
 REFUSED = 77
-CONFIG = 78
 TIMED_OUT = 124
 NOT_RUN = 126
 NO_COMMAND = 127
@@ -29,14 +30,14 @@ HELP = """\b
 Exit codes:
     0  done
     1  a promise was broken (demo), the answer was no (apply)
-    2  wrong usage
+    2  wrong usage; a configuration, address or certificate that can not be used; not installed
    65  the request can not be done as asked
    66  no such device, controller or request
    69  no coordinator answered, or it takes no more requests now
    70  a fault in Leasehold
-   75  run: the access was lost or moved, COMMAND was stopped; run it again
+   75  run: the access was lost or moved, COMMAND was stopped or failed with it; run
+       it again
    77  refused
-   78  not installed, or the configuration or a certificate can not be used
   124  waited as long as --wait says
   126  run: COMMAND can not be run
   127  run: COMMAND was not found
@@ -45,9 +46,10 @@ Otherwise, run passes on the exit code of COMMAND."""
 
 _CODES: tuple[tuple[type[LeaseholdError], int], ...] = (
     (NotFound, NOT_FOUND),
+    (BadAddress, USAGE),
     (BadRequest, BAD_REQUEST),
     (NoCoordinator, NO_COORDINATOR),
-    (Untrusted, CONFIG),
+    (Untrusted, USAGE),
     (Busy, NO_COORDINATOR),
     (AccessLost, LOST),
     (Refused, REFUSED),

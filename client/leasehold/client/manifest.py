@@ -9,6 +9,7 @@
     controllers: [b, a]
     ttl_seconds: 20
     takeover: strict
+    path_template: "nbd://{data_host}:10809/{device}-{epoch}"
     ---
     device: disk-2
     parameters: {backing: /srv/disk-2.img}
@@ -26,7 +27,17 @@ import yaml
 from leasehold.client.errors import BadRequest
 from leasehold.v1 import devices_pb2, records_pb2
 
-_FIELDS = ("version", "device", "driver", "parameters", "controllers", "ttl_seconds", "takeover", "etag")
+_FIELDS = (
+    "version",
+    "device",
+    "driver",
+    "parameters",
+    "controllers",
+    "ttl_seconds",
+    "takeover",
+    "path_template",
+    "etag",
+)
 _TAKEOVER = {"HOLD_OFF": False, "UNSPECIFIED": False, "STRICT": True}
 _KINDS = {bool: "true or false", int: "a number", float: "a number", type(None): "empty"}
 
@@ -47,10 +58,18 @@ class Entry:
     ttl: int = 0
     strict: bool = False
     etag: str = ""
+    path_template: str = ""
 
     def fields(self) -> dict[str, str]:
         """What it says, for people, by field."""
-        return _fields(self.driver, self.parameters, self.controllers, self.ttl, strict=self.strict)
+        return _fields(
+            self.driver,
+            self.parameters,
+            self.controllers,
+            self.ttl,
+            strict=self.strict,
+            path_template=self.path_template,
+        )
 
 
 def parse(text: str, source: str) -> list[Entry]:
@@ -76,7 +95,12 @@ def difference(entry: Entry, status: devices_pb2.DeviceStatus | None) -> list[st
         spec = status.device
         strict = spec.takeover == records_pb2.TAKEOVER_POLICY_STRICT
         before = _fields(
-            spec.driver, spec.parameters, tuple(spec.controllers), spec.ttl_seconds, strict=strict
+            spec.driver,
+            spec.parameters,
+            tuple(spec.controllers),
+            spec.ttl_seconds,
+            strict=strict,
+            path_template=spec.path_template,
         )
     lines = []
     for name in sorted({*before, *after}):
@@ -87,7 +111,13 @@ def difference(entry: Entry, status: devices_pb2.DeviceStatus | None) -> list[st
 
 
 def _fields(
-    driver: str, parameters: Mapping[str, str], controllers: tuple[str, ...], ttl: int, *, strict: bool
+    driver: str,
+    parameters: Mapping[str, str],
+    controllers: tuple[str, ...],
+    ttl: int,
+    *,
+    strict: bool,
+    path_template: str,
 ) -> dict[str, str]:
     return {
         "driver": driver,
@@ -95,6 +125,7 @@ def _fields(
         "controllers": ", ".join(controllers) or "any",
         "ttl_seconds": str(ttl or "default"),
         "takeover": "strict" if strict else "hold-off",
+        **({"path_template": path_template} if path_template else {}),
     }
 
 
@@ -157,6 +188,7 @@ def _entry(where: str, found: Any) -> Entry:
         ttl=_number(where, "ttl_seconds", found.get("ttl_seconds", 0)),
         strict=_takeover(where, found.get("takeover", "hold-off")),
         etag=_text(where, "etag", found.get("etag", etag), empty=True),
+        path_template=_text(where, "path_template", found.get("path_template", ""), empty=True),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from leasehold.client.modes import mode_name
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 LEAST_WIDTH = 11
@@ -39,6 +40,11 @@ def device_state(status: devices_pb2.DeviceStatus) -> str:
     return "FREE" if status.HasField("device") else "DELETED"
 
 
+def device_path(status: devices_pb2.DeviceStatus) -> str:
+    """Where clients reach it. A coordinator that does not tell knows nothing of templates."""
+    return status.path or ("" if status.device.path_template else status.holder.path)
+
+
 def takeover(device: records_pb2.Device) -> str:
     return "strict" if device.takeover == records_pb2.TAKEOVER_POLICY_STRICT else "hold-off"
 
@@ -59,7 +65,7 @@ DEVICES = Kind(
         "STATE": device_state,
         "EPOCH": lambda status: str(status.epochs.epoch or ""),
         "QUEUED": lambda status: str(status.queued),
-        "PATH": lambda status: status.holder.path,
+        "PATH": device_path,
         "REASON": lambda status: status.reason,
     },
     {
@@ -67,7 +73,11 @@ DEVICES = Kind(
         "CONTROLLERS": lambda status: ",".join(status.device.controllers) or "any",
         "TTL": lambda status: str(status.device.ttl_seconds or ""),
         "TAKEOVER": lambda status: takeover(status.device),
+        "TEMPLATE": lambda status: status.device.path_template,
         "CLIENTS": lambda status: ",".join(grant.client for grant in status.grants),
+        "READ-ONLY": lambda status: (
+            ("yes" if status.holder.read_only else "no") if status.holder.epoch else ""
+        ),
         "UNRELEASED": lambda status: ",".join(str(item.epoch) for item in status.epochs.unreleased),
         "ETAG": lambda status: status.etag,
     },
@@ -106,6 +116,7 @@ REQUESTS = Kind(
         "REQUEST": lambda status: status.request.request,
         "DEVICE": lambda status: status.request.device,
         "STATE": request_state,
+        "MODE": lambda status: mode_name(status.request.mode),
         "PRIORITY": lambda status: str(status.request.priority),
         "POSITION": lambda status: str(status.position or ""),
         "CLIENT": lambda status: status.request.client,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from leasehold.client import output
 from leasehold.client.errors import NotFound
+from leasehold.client.modes import mode_name
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
         gained = [item for item in history if item.change.kind in _GAINED]
         held = _last(item for item in gained if item.change.epoch == holder.epoch)
         fields += [("Holder", _since(holder.controller, held)), ("Instance", holder.instance)]
-        fields += [("Path", holder.path)] if holder.path else []
+        path = output.device_path(status)
+        fields += [("Path", path)] if path else []
+        fields += [("Driver's path", holder.path)] if holder.path and holder.path != path else []
+        fields += [("Serves", "for reading only" if holder.read_only else "for reading and writing")]
         fields += [("Yields to", holder.target.controller)] if holder.HasField("target") else []
     fields.append(("Epoch", str(status.epochs.epoch or "none yet")))
     fields += [
@@ -50,9 +54,16 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
             ("Controllers", ", ".join(spec.controllers) or "any that has the driver"),
             ("TTL", f"{spec.ttl_seconds} s" if spec.ttl_seconds else "the default"),
             ("Takeover", output.takeover(spec)),
+            *([("Path template", spec.path_template)] if spec.path_template else []),
             ("Etag", status.etag),
         ]
-    return [*_fields(fields), *_clients(status, requests), *_changes(history)]
+    able = [(item.controller, item.hindrance or "could be given it") for item in status.candidates]
+    return [
+        *_fields(fields),
+        *_table("Candidates", ("CONTROLLER", "AVAILABLE"), able),
+        *_clients(status, requests),
+        *_changes(history),
+    ]
 
 
 async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
@@ -107,6 +118,7 @@ async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
         ("State", output.request_state(status) + (f" at {over}" if over else "")),
         ("Device", request.device),
         ("Client", request.client),
+        ("Mode", mode_name(request.mode)),
         ("Priority", str(request.priority)),
         ("Wants", request.controller or "any controller"),
         ("Waits", f"at most {request.wait_seconds} s" if request.wait_seconds else "without limit"),
@@ -129,7 +141,14 @@ async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
 def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.AccessStatus]) -> list[str]:
     created = {item.request.request: item.request.created_at for item in requests}
     having = [
-        (grant.request, grant.client, grant.controller, str(grant.epoch), created.get(grant.request, ""))
+        (
+            grant.request,
+            grant.client,
+            mode_name(grant.mode),
+            grant.controller,
+            str(grant.epoch),
+            created.get(grant.request, ""),
+        )
         for grant in status.grants
     ]
     waiting = [
@@ -137,6 +156,7 @@ def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.Acc
             str(item.position),
             item.request.request,
             item.request.client,
+            mode_name(item.request.mode),
             str(item.request.priority),
             item.request.created_at,
             item.reason,
@@ -145,8 +165,8 @@ def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.Acc
         if item.position
     ]
     return [
-        *_table("Access", ("REQUEST", "CLIENT", "CONTROLLER", "EPOCH", "CREATED"), having),
-        *_table("Waiting", ("POSITION", "REQUEST", "CLIENT", "PRIORITY", "CREATED", "WHY"), waiting),
+        *_table("Access", ("REQUEST", "CLIENT", "MODE", "CONTROLLER", "EPOCH", "CREATED"), having),
+        *_table("Waiting", ("POSITION", "REQUEST", "CLIENT", "MODE", "PRIORITY", "CREATED", "WHY"), waiting),
     ]
 
 

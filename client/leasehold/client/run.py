@@ -149,4 +149,5 @@ def _environment(access: Access) -> dict[str, str]:
         "LEASEHOLD_EPOCH": str(access.epoch),
         "LEASEHOLD_CONTROLLER": access.controller,
         "LEASEHOLD_REQUEST": access.request,
+        "LEASEHOLD_MODE": access.mode,
     }

@@ -47,7 +47,7 @@ _FROM_THE_WIRE = (
 nothing about the request."""
 
 _TOO_LARGE = "larger than max"
-"""In the words with which gRPC refuses a message."""
+"""gRPC's words for a message over the limit of its receiver: no later attempt will do better."""
 
 
 def from_rpc(error: grpc.aio.AioRpcError) -> LeaseholdError:
@@ -70,8 +70,7 @@ def _bare(code: grpc.StatusCode, message: str) -> LeaseholdError:
     """What a status without our details stands for."""
     kind = NoCoordinator if code in _FROM_THE_WIRE else _KINDS.get(code, ServerError)
     if kind is Busy and _TOO_LARGE in message:
-        # It will be as large the next time.
-        kind = BadRequest
+        return BadRequest(message, "TOO_LARGE")
     return kind(message, code.name)
 
 

@@ -69,6 +69,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -79,6 +80,7 @@ class Leasehold:
         """See `leasehold.client.Leasehold.access`. `progress` is called in the background thread."""
         inner = self._inner.access(
             device,
+            mode=mode,
             priority=priority,
             controller=controller,
             wait=wait,
@@ -92,6 +94,7 @@ class Leasehold:
         self,
         device: str,
         *,
+        mode: str = "exclusive",
         priority: int | None = None,
         controller: str = "",
         wait: float | None = None,
@@ -99,7 +102,13 @@ class Leasehold:
         request: str = "",
     ) -> access_pb2.AccessStatus:
         submitted = self._inner.submit(
-            device, priority=priority, controller=controller, wait=wait, client=client, request=request
+            device,
+            mode=mode,
+            priority=priority,
+            controller=controller,
+            wait=wait,
+            client=client,
+            request=request,
         )
         return self.wait(submitted)
 
@@ -121,7 +130,9 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         made = self._inner.create_device(
             device,
@@ -130,7 +141,9 @@ class Leasehold:
             controllers=controllers,
             ttl=ttl,
             strict=strict,
+            path_template=path_template,
             validate_only=validate_only,
+            unchecked=unchecked,
         )
         return self.wait(made)
 
@@ -143,8 +156,10 @@ class Leasehold:
         controllers: Sequence[str] = (),
         ttl: int = 0,
         strict: bool = False,
+        path_template: str = "",
         etag: str = "",
         validate_only: bool = False,
+        unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
         updated = self._inner.update_device(
             device,
@@ -153,8 +168,10 @@ class Leasehold:
             controllers=controllers,
             ttl=ttl,
             strict=strict,
+            path_template=path_template,
             etag=etag,
             validate_only=validate_only,
+            unchecked=unchecked,
         )
         return self.wait(updated)
 
@@ -239,6 +256,10 @@ class Access:
     @property
     def revision(self) -> int:
         return self._inner.revision
+
+    @property
+    def mode(self) -> str:
+        return self._inner.mode
 
     @property
     def request(self) -> str:

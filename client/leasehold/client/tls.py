@@ -37,12 +37,12 @@ class Tls:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise Untrusted(f"a certificate and its key go together: set both {CERT} and {KEY}", "TLS_FILES")
-        for path in (self.ca, self.cert, self.key):
+        for name, path in (("ca", self.ca), ("cert", self.cert), ("key", self.key)):
             if path is not None:
-                _read(path)
-        _certificate(self.ca)
+                _read(name, path)
+        _certificate("ca", self.ca)
         if self.cert is not None and self.key is not None:
-            _certificate(self.cert)
+            _certificate("cert", self.cert)
             _pair(self.cert, self.key)
 
     @classmethod
@@ -53,11 +53,15 @@ class Tls:
             if cert or key:
                 raise Untrusted(f"{CERT} and {KEY} need {CA}: whom to show them to", "TLS_FILES")
             return None
-        return cls(ca, cert, key)
+        try:
+            return cls(ca, cert, key)
+        except Untrusted as error:
+            raise Untrusted(f"of {CA}, {CERT} and {KEY}: {error.message}", error.reason) from error
 
     def credentials(self) -> grpc.ChannelCredentials:
-        cert, key = (None if path is None else _read(path) for path in (self.cert, self.key))
-        return grpc.ssl_channel_credentials(_read(self.ca), key, cert)
+        cert = None if self.cert is None else _read("cert", self.cert)
+        key = None if self.key is None else _read("key", self.key)
+        return grpc.ssl_channel_credentials(_read("ca", self.ca), key, cert)
 
 
 Security = Tls | Literal[False] | None
@@ -126,18 +130,18 @@ async def _greeting(address: str, context: ssl.SSLContext) -> bool:
         writer.transport.abort()
 
 
-def _read(path: Path | str) -> bytes:
+def _read(name: str, path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise Untrusted(f"{path}: {error.strerror}", "TLS_FILES") from error
+        raise Untrusted(f"{name} {path}: {error.strerror}", "TLS_FILES") from error
 
 
-def _certificate(path: Path | str) -> None:
+def _certificate(name: str, path: Path | str) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
     except ssl.SSLError as error:
-        raise Untrusted(f"{path}: holds no certificate in PEM", "TLS_FILES") from error
+        raise Untrusted(f"{name} {path}: holds no certificate in PEM", "TLS_FILES") from error
 
 
 def _pair(cert: Path | str, key: Path | str) -> None:
@@ -147,4 +151,4 @@ def _pair(cert: Path | str, key: Path | str) -> None:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise Untrusted(f"{cert} and {key} do not belong together", "TLS_FILES") from error
-        raise Untrusted(f"{key}: holds no unencrypted private key in PEM", "TLS_FILES") from error
+        raise Untrusted(f"key {key}: holds no unencrypted private key in PEM", "TLS_FILES") from error

@@ -5,8 +5,9 @@
    own lease is taken meanwhile.
 3. Every lower epoch that is not proved to be over is fenced: the leases it names are revoked, then its holder
    is given time to notice (not where the device itself refuses it), then the driver fences.
-4. Only *then* a linearizable read that shows this controller, instance, session and epoch. Whoever was given
-   the device before that read is fenced or proved; whoever is given it after fences this epoch.
+4. Only *then* a linearizable read that shows this controller, instance, session and epoch, and whether it may
+   only read. Whoever was given the device before that read is fenced or proved; whoever is given it after
+   fences this epoch.
 5. The gate opens, up to the earlier of both leases' deadlines, and the driver activates.
 6. The record gets the path, and hangs on the device's lease from then on.
 
@@ -110,6 +111,8 @@ class Activator:
         named = (holder.controller, holder.instance, holder.session_lease, holder.epoch)
         if named != (hold.me.controller, hold.me.instance, hold.me.session_lease, hold.epoch):
             raise Overtaken(f"it is {holder.controller}'s in epoch {holder.epoch}")
+        if holder.read_only != hold.activation.read_only:
+            raise Overtaken("its hold is for reading only" if holder.read_only else "its hold is for writing")
         if holder.state is HolderState.YIELDING:
             target = holder.target.controller if holder.target else "nobody"
             raise Overtaken(f"told to yield to {target} before it was active")
@@ -178,7 +181,9 @@ class Activator:
         lease = lease_id(hold.lease.id)
         while True:
             whom = serving(state, ranges)
-            reason = f"request {hold.request}" if whom.newcomer else "active"
+            reason = (
+                f"request {hold.request}" if state.holder and whom.newcomer(state.holder.value) else "active"
+            )
             transaction = publish(
                 context.author, state, path=path, device_lease=lease, serving=whom, reason=reason
             )

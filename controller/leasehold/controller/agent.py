@@ -239,7 +239,8 @@ class Agent:
         """Carry a decision out. True if nothing more is to be done now, False to look again."""
         match decision.step:
             case Step.BEGIN:
-                self._begin(device, state.epoch, state.spec.value if state.spec else None)
+                reads = state.holder is not None and state.holder.value.read_only
+                self._begin(device, state.epoch, state.spec.value if state.spec else None, read_only=reads)
                 return False
             case Step.END if hold is not None:
                 hold.end(decision.reason, graceful=_stands(state, hold))
@@ -247,6 +248,10 @@ class Agent:
             case Step.SWAP:
                 if not await self._settler.swap(device, state.epoch, state, decision.reason):
                     return False
+                if hold is not None and hold.lease is not None:
+                    # The record hangs on the target's session now, and nobody was or will be told to revoke
+                    # this lease: only a later holder fences, and for none was this epoch ever unreleased.
+                    self._context.keeper.give_back(hold.lease)
                 self._gone(device, hold, state.epoch)
                 return True
             case Step.RELEASE:
@@ -291,7 +296,8 @@ class Agent:
         outcome = await self._contest.compete(device, state, me, self.backoffs.get(device, Backoff()))
         match outcome:
             case Won(epoch):
-                self._begin(device, epoch, state.spec.value if state.spec else None)
+                spec = state.spec.value if state.spec else None
+                self._begin(device, epoch, spec, read_only=state.successor_reads_only)
                 return False
             case Later(seconds):
                 self.worker.wake_later(device, seconds)
@@ -310,9 +316,10 @@ class Agent:
             and assignment.value.epoch > self._ended.get(device, 0)
             and not self.stopping
         ):
-            self._begin(device, assignment.value.epoch, spec.value)
+            told = assignment.value
+            self._begin(device, told.epoch, spec.value, read_only=told.read_only)
 
-    def _begin(self, device: DeviceId, epoch: Epoch, spec: Device | None) -> None:
+    def _begin(self, device: DeviceId, epoch: Epoch, spec: Device | None, *, read_only: bool) -> None:
         """A hold in PREPARING, its activation in the journal; or a refusal, and the epoch is over here."""
         context, me = self._context, self._session.me
         if me is None or self.stopping:
@@ -334,7 +341,7 @@ class Agent:
         except BaseException:
             context.gate.give_slot(slot)
             raise
-        activation = Activation(device, epoch, dict(spec.parameters), slot)
+        activation = Activation(device, epoch, dict(spec.parameters), slot, read_only)
         self.holds[device] = Hold(
             device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec
         )

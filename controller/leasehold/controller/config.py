@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from leasehold.controller.gate import MAX_SLOTS
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening, check_host, is_wildcard
@@ -32,6 +33,8 @@ class DataSettings:
             raise ValueError(f"base_port {self.base_port} leaves no room for {self.workers} workers")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}, but somebody has to serve")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots is {self.slots}, and must be from 1 to {MAX_SLOTS}")
         check_host("listen_host", self.listen_host)
         if self.host:
             check_host("host", self.host)

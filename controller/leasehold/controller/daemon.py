@@ -3,19 +3,21 @@
 Start: lock the journal (no other controller here); make the gate (what an earlier one let through ends);
 connect; have the drivers prove the past over; register; release what names an earlier instance; watch.
 
-Stop: deactivate and release every device, then revoke the session, then everything else. What can not be
-proved within the time is left as it is, and so is the session: its lease runs out, and successors fence.
+Stop: say so in the registration; deactivate and release every device, then revoke the session, then
+everything else. What can not be proved within the time is left as it is, and so is the session: its lease
+runs out, and successors fence.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from importlib.metadata import entry_points, version
 from typing import Any
 
 from leasehold.controller.agent import Agent
+from leasehold.controller.checks import SERVICE, CheckService
 from leasehold.controller.config import ControllerConfig
 from leasehold.controller.contest import Contest
 from leasehold.controller.context import Context
@@ -29,17 +31,19 @@ from leasehold.controller.relay import SERVICES, Relay
 from leasehold.controller.session import Session
 from leasehold.runtime.api import ApiServer
 from leasehold.runtime.config import ConfigError
-from leasehold.store.connection import Connection
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
 from leasehold.store.records import Controller, DeviceId, Epoch, LeaseId, new_instance
 from leasehold.store.version import check_version
+from leasehold.v1 import checks_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
 _CHECKPOINT = 30.0
 """Seconds between checkpoints of the journal."""
+_ANNOUNCING = 1.0
+"""Seconds of the time to stop for telling coordinators."""
 _CLOSING = 6.0
 """Seconds of the time to stop that are kept for what comes after the devices."""
 
@@ -55,6 +59,15 @@ def driver_factories(names: tuple[str, ...]) -> dict[str, DriverFactory]:
         there = ", ".join(sorted(installed)) or "none"
         raise ConfigError(f"drivers: {', '.join(missing)} not installed; there are {there}")
     return {name: installed[name].load() for name in names}
+
+
+@contextlib.contextmanager
+def _usable(setting: str) -> Iterator[None]:
+    """What the kernel refuses in here becomes a ConfigError about `setting`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{setting}: {error.filename or ''}: {error.strerror or error}") from error
 
 
 class Daemon:
@@ -91,11 +104,13 @@ class Daemon:
     async def _start(self) -> None:
         config = self._config
         # Everything that is entered here is left in the reverse order.
-        journal = Journal.open(config.state_dir, config.controller)
+        with _usable("state_dir"):
+            journal = Journal.open(config.state_dir, config.controller)
         self._cleanup.callback(journal.close)
-        gate = Gate.create(config.gate_file, config.data.slots)
+        with _usable("data.gate_dir"):
+            gate = Gate.create(config.gate_file, config.data.slots)
         self._cleanup.callback(gate.close)
-        connection = await self._cleanup.enter_async_context(Connection(config.etcd.connection()))
+        connection = await self._cleanup.enter_async_context(config.etcd.connect())
         for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
             _log.warning("%s", warning)
         keeper = await self._cleanup.enter_async_context(LeaseKeeper(connection))
@@ -116,8 +131,10 @@ class Daemon:
         left = await prove_past(context)
         self._relay = Relay(config.name, config.tls)
         self._cleanup.push_async_callback(self._relay.close)
-        self._server = ApiServer(config.listen, SERVICES, tls=config.tls)
+        self._server = ApiServer(config.listen, (*SERVICES, SERVICE), tls=config.tls)
         self._server.server.add_generic_rpc_handlers((self._relay,))
+        checks = CheckService(config.controller, context.drivers)
+        checks_pb2_grpc.add_CheckServiceServicer_to_server(checks, self._server.server)
         self.address = config.listening.endpoint(await self._server.start())
         self._cleanup.push_async_callback(self._server.stop, 1.0)
         contest = Contest(context)
@@ -146,7 +163,12 @@ class Daemon:
 
     async def stop(self) -> bool:
         """Give everything up in order. True if everything was released."""
-        clean = await self.agent.stop(self._config.timing.stop - _CLOSING)
+        try:
+            async with asyncio.timeout(_ANNOUNCING):
+                await self.session.drain()
+        except (StoreError, TimeoutError) as error:
+            _log.warning("coordinators do not know yet that this controller stops: %s", error or "no answer")
+        clean = await self.agent.stop(self._config.timing.stop - _CLOSING - _ANNOUNCING)
         if self._session_task is not None:
             self._session_task.cancel()
         if clean:

@@ -56,6 +56,9 @@ class Activation:
 
     `slot` is the hold's slot in the gate. The agent alone opens and shuts it, and gives it back only
     after `deactivate` has returned.
+
+    With `read_only` nothing may be written to the device, and the path must refuse writes. A driver that can
+    not do that raises ActivationFailed. After a crash `deactivate` is asked without it, whatever it was.
     """
 
     device: str

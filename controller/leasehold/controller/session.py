@@ -11,10 +11,13 @@ session can live without being renewed, and is refused if it lives on.
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from leasehold.controller.context import Context
 from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.store.codec import encode
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.kv import put, unchanged
 from leasehold.store.records import Controller, LeaseId, lease_number
 
 _log = logging.getLogger(__name__)
@@ -119,6 +122,22 @@ class Session:
         self.lost.set()
         _log.error("session %s is lost: %s", registered.record.session_lease, reason)
         self._on_lost(reason)
+
+    async def drain(self) -> None:
+        """Say in the registration that this controller takes no more devices. Raises StoreError.
+
+        It spares a device the way here and back and is no more than that: whoever has not seen it yet may
+        still assign, and is given back what it assigned.
+        """
+        registered = self._registered
+        if registered is None:
+            return
+        context = self._context
+        key = context.keys.controller(context.name)
+        record = encode(replace(registered.record, draining=True))
+        await context.kv.txn(
+            (unchanged(key, registered.revision),), (put(key, record, lease=registered.lease.id),)
+        )
 
     async def end(self) -> None:
         """Revoke the session, after everything was released. The name is free at once."""

@@ -1,5 +1,6 @@
 """AccessService: the session of a client as a stream, and the same over single calls."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -8,7 +9,7 @@ import grpc
 import grpc.aio
 
 from leasehold.coordinator.admission import Admission
-from leasehold.coordinator.cluster import Cluster, notified
+from leasehold.coordinator.cluster import Cluster, Subscription, notified
 from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
@@ -27,6 +28,9 @@ from leasehold.v1 import access_pb2, access_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+PROGRESS = 0.03
+"""Seconds in which a transfer is over, as a rule. What a request waits for in the meantime is told only then:
+each message costs coordinator and client time that the transfer itself needs."""
 ATTEMPTS = 5
 """How often an end or a cancellation is tried anew because the request or its device changed meanwhile."""
 
@@ -81,10 +85,14 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         self, told: ClientSession, request: AccessRequest, lease: Lease
     ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
         with self._cluster.subscribe(request.device) as subscription, notified(lease.lost, subscription):
+            due = asyncio.get_running_loop().time() + PROGRESS
             while True:
-                event = told.next(
-                    self._cluster.view(request.device), self._cluster.requests.get(request.request)
-                )
+                stored = self._cluster.requests.get(request.request)
+                waits = stored is not None and stored.value.state is RequestState.PENDING
+                if waits and not lease.lost.is_set() and await _changed(subscription, due):
+                    continue
+                due = asyncio.get_running_loop().time() + PROGRESS
+                event = told.next(self._cluster.view(request.device), stored)
                 if event is not None:
                     yield event
                     if event.HasField("ended"):
@@ -174,12 +182,12 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         """Take the access out of `status` if its controller does not answer."""
         name = ControllerId(status.access.controller)
         registered = self._cluster.controllers.get(name)
-        silence = (
-            f"{name} is not registered" if registered is None else await self._peers.silence(registered.value)
+        absence = (
+            f"{name} is not registered" if registered is None else await self._peers.absence(registered.value)
         )
-        if silence:
+        if absence:
             status.ClearField("access")
-            status.reason = silence
+            status.reason = absence
 
     async def _cancel(self, request: RequestId) -> None:
         for _ in range(ATTEMPTS):
@@ -218,8 +226,21 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                 state = self._cluster.state(stands.value.device)
                 made = requests.end(keys, state, stands, reason=reason, path_exposed=False)
             if isinstance(await self._ledger.commit(made), Applied):
+                self._leases.give_back(stands.value.access_lease)
                 return
         raise _contended(request)
+
+
+async def _changed(subscription: Subscription, due: float) -> bool:
+    """Whether something changes before `due`, on the loop's clock."""
+    if asyncio.get_running_loop().time() >= due:
+        return False
+    try:
+        async with asyncio.timeout_at(due):
+            await subscription.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _id(text: str) -> RequestId:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from leasehold.coordinator.access import AccessService
 from leasehold.coordinator.admission import Admission
+from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import NOTHING, Cluster, notified
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.devices import DeviceService
@@ -24,7 +25,6 @@ from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
 from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
-from leasehold.store.connection import Connection
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
@@ -60,7 +60,7 @@ def run(config_file: Path) -> int:
 
 async def main(config: CoordinatorConfig, stop: asyncio.Event) -> int:
     """Run a coordinator until `stop` is set or it can not go on. Returns the exit code."""
-    serving = asyncio.create_task(_serve(config, Connection(config.etcd.connection())))
+    serving = asyncio.create_task(_serve(config))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -81,7 +81,7 @@ def _judge(error: BaseException | None) -> int:
     if isinstance(error, NameTaken):
         _log.error("refused: %s", error)
         return REFUSED
-    if isinstance(error, CanNotListen):
+    if isinstance(error, CanNotListen | ConfigError):
         _log.error("%s", error)
         return MISCONFIGURED
     if isinstance(error, StoreError | OSError):
@@ -91,8 +91,8 @@ def _judge(error: BaseException | None) -> int:
     return FAILED
 
 
-async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
-    async with connection, LeaseKeeper(connection) as keeper:
+async def _serve(config: CoordinatorConfig) -> None:
+    async with config.etcd.connect() as connection, LeaseKeeper(connection) as keeper:
         for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
             _log.warning("%s", warning)
         cluster = Cluster(config.keys)
@@ -101,12 +101,14 @@ async def _serve(config: CoordinatorConfig, connection: Connection) -> None:
         admission = Admission(config.limits, cluster, asyncio.get_running_loop().time)
         loop = Loop(cluster, ledger, config.coordinator)
         cluster.on_change = loop.look
+        peers = Peers(config.tls)
+        checker = Checker(ledger.kv, config.keys, peers)
         server = ApiServer(config.listen, SERVICES, tls=config.tls, bounds=config.limits.bounds)
         add = server.server
         access_pb2_grpc.add_AccessServiceServicer_to_server(
-            AccessService(cluster, ledger, leases, Peers(config.tls), admission), add
+            AccessService(cluster, ledger, leases, peers, admission), add
         )
-        devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger), add)
+        devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger, checker), add)
         controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
         controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
             CoordinatorService(cluster, ledger), add

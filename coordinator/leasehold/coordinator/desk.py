@@ -56,11 +56,7 @@ def asked(request_id: str, spec: access_pb2.AccessSpec) -> AccessRequest:
     if spec.controller:
         check_id("controller", spec.controller)
     require(len(spec.client) <= LONGEST_CLIENT and spec.client.isprintable(), "client", "a printable name")
-    require(
-        spec.mode in (records_pb2.ACCESS_MODE_UNSPECIFIED, records_pb2.ACCESS_MODE_EXCLUSIVE),
-        "mode",
-        "EXCLUSIVE, the only mode there is",
-    )
+    require(spec.mode in records_pb2.AccessMode.values(), "mode", "EXCLUSIVE, SHARED or READ_ONLY")
     priority = spec.priority if spec.HasField("priority") else DEFAULT_PRIORITY
     require(0 <= priority <= 100, "priority", "from 0 to 100")
     require(0 <= spec.wait_seconds <= LONGEST_WAIT, "wait_seconds", f"from 0 to {LONGEST_WAIT}")
@@ -68,12 +64,17 @@ def asked(request_id: str, spec: access_pb2.AccessSpec) -> AccessRequest:
         request=RequestId(request_id),
         client=spec.client,
         device=DeviceId(spec.device),
-        mode=AccessMode.EXCLUSIVE,
+        mode=_mode(spec.mode),
         priority=priority,
         controller=ControllerId(spec.controller),
         wait_seconds=spec.wait_seconds,
         state=RequestState.PENDING,
     )
+
+
+def _mode(number: "records_pb2.AccessMode.ValueType") -> AccessMode:
+    name = records_pb2.AccessMode.Name(number).removeprefix("ACCESS_MODE_")
+    return AccessMode.EXCLUSIVE if name == "UNSPECIFIED" else AccessMode(name)
 
 
 class Desk:

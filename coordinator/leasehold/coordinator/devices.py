@@ -6,10 +6,11 @@ from typing import Any
 
 import grpc
 
+from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import Cluster, Subscription
 from leasehold.coordinator.desk import no_device
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
-from leasehold.coordinator.messages import device_status
+from leasehold.coordinator.messages import candidates, device_status
 from leasehold.coordinator.paging import page
 from leasehold.coordinator.placement import refusal
 from leasehold.coordinator.reading import Reader
@@ -33,16 +34,16 @@ MOST_MOVES = 3
 class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
     """See `leasehold.v1.DeviceService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
+    def __init__(self, cluster: Cluster, ledger: Ledger, checker: Checker) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._reader = Reader(ledger.kv, cluster)
-        self._specs = Specs(ledger, self._reader)
+        self._specs = Specs(ledger, self._reader, checker)
 
     async def CreateDevice(self, request: devices_pb2.CreateDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.CreateDeviceResponse:
             spec = checked_spec(request.device)
-            await self._specs.create(spec, validate_only=request.validate_only)
+            await self._specs.create(spec, validate_only=request.validate_only, unchecked=request.unchecked)
             return devices_pb2.CreateDeviceResponse(
                 status=device_status(await self._reader.device(spec.device))
             )
@@ -52,7 +53,9 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
     async def GetDevice(self, request: devices_pb2.GetDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.GetDeviceResponse:
             view = await self._known(request.device)
-            return devices_pb2.GetDeviceResponse(status=device_status(view))
+            status = device_status(view)
+            status.candidates.extend(candidates(view))
+            return devices_pb2.GetDeviceResponse(status=status)
 
         return await answering(context, handle)
 
@@ -70,7 +73,9 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
     async def UpdateDevice(self, request: devices_pb2.UpdateDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.UpdateDeviceResponse:
             spec = checked_spec(request.device)
-            await self._specs.update(spec, request.etag, validate_only=request.validate_only)
+            await self._specs.update(
+                spec, request.etag, validate_only=request.validate_only, unchecked=request.unchecked
+            )
             return devices_pb2.UpdateDeviceResponse(
                 status=device_status(await self._reader.device(spec.device))
             )

@@ -71,11 +71,21 @@ class Ledger:
                 return None
             case Assign(reason, target, waiting):
                 request = waiting.request.request if waiting else NO_REQUEST
-                made = ownership.assign(self.author, view.state, target, reason=reason, request=request)
+                mode = waiting.request.mode if waiting else None
+                made = ownership.assign(
+                    self.author, view.state, target, reason=reason, request=request, mode=mode
+                )
                 return self._for(made, queue, waiting) if waiting else made
             case Direct(reason, target, waiting):
                 request = waiting.request.request
-                made = ownership.direct(self.author, view.state, target, reason=reason, request=request)
+                made = ownership.direct(
+                    self.author,
+                    view.state,
+                    target,
+                    reason=reason,
+                    request=request,
+                    mode=waiting.request.mode,
+                )
                 return self._for(made, queue, waiting)
             case Give(reason, waiting):
                 return self._give(view, queue, waiting, reason)

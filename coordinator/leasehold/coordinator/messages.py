@@ -1,7 +1,10 @@
 """From records to the messages of the public contract."""
 
+from contextlib import suppress
 from typing import cast
 
+from leasehold.coordinator.paths import NoPath, client_path
+from leasehold.coordinator.placement import place
 from leasehold.coordinator.planner import plan
 from leasehold.coordinator.view import DeviceView
 from leasehold.store.codec import Stored, to_message
@@ -14,23 +17,29 @@ def request_message(request: AccessRequest) -> records_pb2.AccessRequest:
     return cast("records_pb2.AccessRequest", to_message(request))
 
 
-def standing_access(state: DeviceState, request: RequestId) -> access_pb2.Access | None:
+def standing_access(view: DeviceView, request: RequestId) -> access_pb2.Access | None:
     """The access of a granted request, if its device is active in the epoch of the grant: then the path is
-    the one that the holder published, at the revision of `state`.
+    the one that the holder published, or what the device's template makes of it, at the revision of `view`.
     """
+    state = view.state
     holder = state.holder
     grant = grant_of(state, request)
     if holder is None or grant is None or state.unreadable:
         return None
     if holder.value.state is not HolderState.ACTIVE or holder.value.epoch != grant.epoch:
         return None
+    try:
+        path = client_path(view, holder.value, grant.path)
+    except NoPath:
+        return None
     return access_pb2.Access(
         request=request,
         device=state.device,
-        path=grant.path,
+        path=path,
         controller=grant.controller,
         epoch=grant.epoch,
         revision=state.revision,
+        mode=records_pb2.AccessMode.Value(f"ACCESS_MODE_{grant.mode}"),
     )
 
 
@@ -46,7 +55,7 @@ def access_status(
     access = None
     reason = request.reason
     if request.state is RequestState.GRANTED:
-        access = standing_access(view.state, request.request)
+        access = standing_access(view, request.request)
     if request.state is RequestState.PENDING or (request.state is RequestState.GRANTED and access is None):
         reason = waiting_reason(view, request)
     return access_pb2.AccessStatus(
@@ -61,18 +70,39 @@ def access_status(
 def waiting_reason(view: DeviceView, request: AccessRequest) -> str:
     """What a request waits for, in a sentence."""
     ahead = view.position(request.request) - 1
-    reason = plan(view).reason
+    reason = standing_reason(view)
     if ahead > 0:
         return f"{ahead} before it; {reason}"
     return reason
+
+
+def standing_reason(view: DeviceView) -> str:
+    """Why a device stands as it does, in a sentence; if it is served and its clients have no path, that."""
+    reason = plan(view).reason
+    try:
+        device_path(view)
+    except NoPath as error:
+        return f"{error}; {reason}"
+    return reason
+
+
+def device_path(view: DeviceView) -> str:
+    """Where clients reach a device; empty while it is not served. Raises `NoPath`."""
+    holder = view.state.holder.value if view.state.holder else None
+    if holder is None or holder.state is not HolderState.ACTIVE:
+        return ""
+    return client_path(view, holder, holder.path)
 
 
 def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
     """A device as it stands in `view`."""
     state = view.state
     status = devices_pb2.DeviceStatus(
-        queued=len(view.queue), reason=plan(view).reason, revision=state.revision
+        queued=len(view.queue), reason=standing_reason(view), revision=state.revision
     )
+    with suppress(NoPath):
+        # Why there is none the reason says.
+        status.path = device_path(view)
     if state.spec:
         status.etag = str(state.spec.mod_revision)
         status.device.CopyFrom(cast("records_pb2.Device", to_message(state.spec.value)))
@@ -83,3 +113,12 @@ def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
     for grant in state.grants:
         status.grants.append(cast("records_pb2.Grant", to_message(grant.value)))
     return status
+
+
+def candidates(view: DeviceView) -> list[devices_pb2.Candidate]:
+    """The controllers that may hold a device: those that could be given it, best first, then the others."""
+    placement = place(view)
+    found = [devices_pb2.Candidate(controller=item.controller) for item in placement.candidates]
+    for name, why in sorted(placement.refused.items()):
+        found.append(devices_pb2.Candidate(controller=name, hindrance=why))
+    return found

@@ -8,9 +8,12 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
    be served.
 4. On its way (ACTIVATING, YIELDING): wait.
 5. Its holder's session is gone: wait. What it published may be dead, and the controllers take it over.
-6. In use: wait. Access is exclusive.
+6. In use: the first request in the queue joins if its mode lets it, and if it will do where the device is.
+   If not, everybody waits behind it, however well they would go with those who have access: or readers that
+   come and go would keep a writer out for ever.
 7. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
-   by a transfer. If an earlier client may still know the path, even the same controller begins a new epoch.
+   by a transfer. If an earlier client may still know a path that writes, or the hold is of the other kind
+   (reading only, or reading and writing), even the same controller begins a new epoch.
 
 A request whose controller is not available now does not hold up those behind it. A controller that could not
 activate the device rests for a while, or one that never can would burn an epoch a try, as fast as it fails.
@@ -21,7 +24,11 @@ from typing import TypeAlias
 
 from leasehold.coordinator.placement import can_ever_serve, hindrance, place, refusal
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.records import Controller, ControllerId, Holder, HolderState
+from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState
+from leasehold.store.requests import MOST_TOGETHER
+
+NAMED = 3
+"""Clients that a reason names. Of many it tells the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +149,17 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
     if registered is None or registered.session_lease != holder.session_lease:
         return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
-        using = ", ".join(f"{grant.value.request} of {grant.value.client}" for grant in view.state.grants)
-        return Wait(f"it is in use through {where} by {using}")
+        return _used(view, holder)
     unfit = refusal(view, holder.controller)
     serving = not unfit
     # Nobody else is looked for where the holder will do: most decisions are of that kind.
     best = None if serving else place(view).best
     for waiting in view.queue:
         wanted = waiting.request.controller or (holder.controller if serving else ControllerId(""))
-        if wanted == holder.controller and serving and not holder.path_exposed:
-            return Give(f"{holder.controller} serves it already", waiting)
         if wanted == holder.controller and serving:
-            reason = f"{holder.controller} begins a new epoch: an earlier client may still know the path"
+            if not (anew := _why_anew(holder, waiting)):
+                return Give(f"{holder.controller} serves it already", waiting)
+            reason = f"{holder.controller} begins a new epoch: {anew}"
             return Direct(reason, view.controllers[holder.controller], waiting)
         if wanted and not hindrance(view, wanted):
             return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
@@ -162,6 +168,67 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
     if not view.queue:
         return Wait(f"{where} serves it, and nobody asks for it")
     return Wait(_nobody_eligible(view))
+
+
+def _used(view: DeviceView, holder: Holder) -> Decision:
+    use = _use(view, holder)
+    # A controller that is to give up its devices finds no end if more and more clients join.
+    unfit = refusal(view, holder.controller)
+    grants = view.state.grants
+    for waiting in view.queue:
+        request = waiting.request
+        here = request.controller in ("", holder.controller)
+        if here and not unfit and all(grant.value.mode.beside(request.mode) for grant in grants):
+            if len(grants) < MOST_TOGETHER:
+                return Give(
+                    f"{holder.controller} serves it already, to {_many(grants[0].value.mode)}", waiting
+                )
+            return Wait(f"{use}; no more than {MOST_TOGETHER} may have it at the same time")
+        if grants[0].value.mode is AccessMode.EXCLUSIVE:
+            return Wait(use)
+        if here or not hindrance(view, request.controller):
+            what = f"{_named(request.mode)} request {request.request}"
+            what += "" if here else f", which wants {request.controller},"
+            why = f" ({holder.controller} {unfit})" if unfit else ""
+            return Wait(f"{use}; {what} waits until all of them are gone{why}")
+    return Wait(use)
+
+
+def _use(view: DeviceView, holder: Holder) -> str:
+    """Who uses it how, in a sentence."""
+    where = f"{holder.controller} in epoch {holder.epoch}"
+    grants = view.state.grants
+    who = ", ".join(f"{grant.value.request} of {grant.value.client}" for grant in grants[:NAMED])
+    who += f" and {len(grants) - NAMED} more" if len(grants) > NAMED else ""
+    match grants[0].value.mode:
+        case AccessMode.EXCLUSIVE:
+            return f"it is in use exclusively through {where} by {who}"
+        case AccessMode.SHARED:
+            return f"it is shared through {where} by {len(grants)}: {who}"
+        case AccessMode.READ_ONLY:
+            return f"it is read through {where} by {len(grants)}: {who}"
+
+
+def _why_anew(holder: Holder, waiting: Waiting) -> str:
+    """Why the path that is there is not good for the request; empty if it is."""
+    if waiting.request.mode.read_only != holder.read_only:
+        return "it was served for reading only" if holder.read_only else "it is to be served for reading only"
+    # Nobody can harm a reader by reading.
+    if holder.path_exposed and not holder.read_only:
+        return "an earlier client may still know the path"
+    return ""
+
+
+def _many(mode: AccessMode) -> str:
+    return "others that only read" if mode.read_only else "others that share it"
+
+
+def _named(mode: AccessMode) -> str:
+    return {
+        AccessMode.EXCLUSIVE: "exclusive",
+        AccessMode.SHARED: "shared",
+        AccessMode.READ_ONLY: "read-only",
+    }[mode]
 
 
 def _nobody_eligible(view: DeviceView) -> str:

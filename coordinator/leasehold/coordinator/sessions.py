@@ -53,7 +53,7 @@ class ClientSession:
         return self._pending(view, request)
 
     def _granted(self, view: DeviceView, request: AccessRequest) -> access_pb2.RequestAccessResponse | None:
-        access = standing_access(view.state, request.request)
+        access = standing_access(view, request.request)
         if access is not None:
             first = self._path_of in (0, access.epoch)
             self._path_of = access.epoch

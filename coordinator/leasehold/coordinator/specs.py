@@ -4,24 +4,29 @@ A spec is no part of who holds what, so it is not written by an ownership transa
 the spec that it has read, and a successor fences with the one that it reads; so what these transactions may
 change depends on the holder and the epochs, and each compares both.
 
-    while                      driver, parameters   controllers           ttl_seconds, takeover
-    ---------------------------------------------------------------------------------------------
-    ACTIVATING or YIELDING     no                   no                    no
-    ACTIVE                     no                   if the holder stays   yes, from the next epoch on
-    not held, but unreleased   no                   yes                   yes
-    free                       yes                  yes                   yes
+    while                      driver, parameters   controllers           path_template   ttl, takeover
+    -----------------------------------------------------------------------------------------------------
+    ACTIVATING or YIELDING     no                   no                    no              no
+    ACTIVE                     no                   if the holder stays   if no client    yes, from the
+                                                                          has access      next epoch on
+    not held, but unreleased   no                   yes                   yes             yes
+    free                       yes                  yes                   yes             yes
 
 An epoch that is not proved to be over may still write to the device that the old driver and parameters name,
 and a fence by the new ones would not stop it. A device on its way is activated under the spec its next holder
 has read, and an activation that finds another one is given up: so the change waits rather than breaks it.
+The paths of clients are made from the template whenever they are told, so it stays as it is under their feet.
 """
 
 import logging
+from collections.abc import Sequence
 
 import grpc
 
+from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.desk import no_device
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
+from leasehold.coordinator.paths import check_template
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError, require
@@ -39,6 +44,8 @@ LONGEST_TTL = 600
 LONGEST_PARAMETER = 4096
 MOST_PARAMETERS = 64
 MOST_CONTROLLERS = 256
+CHECKED = frozenset({"driver", "parameters", "controllers"})
+"""Fields about which the controllers are asked."""
 ATTEMPTS = 5
 """How often an update is tried anew because the device changed hands meanwhile."""
 
@@ -46,17 +53,25 @@ ATTEMPTS = 5
 class Specs:
     """See the module. Every method raises `ApiError`, and what the store raises."""
 
-    def __init__(self, ledger: Ledger, reader: Reader) -> None:
+    def __init__(self, ledger: Ledger, reader: Reader, checker: Checker) -> None:
         self._ledger = ledger
         self._reader = reader
+        self._checker = checker
 
-    async def create(self, spec: Device, *, validate_only: bool = False) -> None:
-        """Put it, unless it stands already; the same once more is accepted."""
+    async def create(self, spec: Device, *, validate_only: bool = False, unchecked: bool = False) -> None:
+        """Put it, unless it stands already; the same once more is accepted.
+
+        Controllers are asked whether they could serve it, unless it is to be put `unchecked`.
+        """
         key = self._ledger.keys.device(spec.device)
-        if validate_only:
-            found = await self._ledger.kv.get(key)
-            if found is not None and decode(Device, found).value != spec:
+        found = await self._ledger.kv.get(key)
+        if found is not None:
+            if decode(Device, found).value != spec:
                 raise _taken(spec.device)
+            return
+        if not unchecked:
+            await self._checker.check(spec)
+        if validate_only:
             return
         transaction = Transaction(
             # Two callers that create the same device are both right, so any proof that it stands will do.
@@ -71,8 +86,12 @@ class Specs:
         elif decode(Device, outcome.ranges[0][0]).value != spec:
             raise _taken(spec.device)
 
-    async def update(self, spec: Device, etag: str, *, validate_only: bool = False) -> None:
+    async def update(
+        self, spec: Device, etag: str, *, validate_only: bool = False, unchecked: bool = False
+    ) -> None:
         """Replace what stands by `spec`, if it still is what `etag` stands for; an empty one asks nothing.
+
+        Controllers are asked as by `create`, if what they would have to serve, or who may, changes.
 
         Where `spec` stands already, nothing is changed, whatever the etag: a caller whose answer was lost
         asks again.
@@ -80,16 +99,25 @@ class Specs:
         for _ in range(ATTEMPTS):
             view = await self._reader.device(spec.device)
             stands = _updatable(view, spec, etag)
-            if validate_only or not changed(stands.value, spec):
+            fields = changed(stands.value, spec)
+            if not unchecked and CHECKED.intersection(fields):
+                await self._checker.check(spec)
+                # Once is enough, however often the device changes hands meanwhile.
+                unchecked = True
+            if validate_only or not fields:
                 return
             state = view.state
             result = await self._ledger.kv.txn(
-                (unchanged(stands.key, stands.mod_revision), *self._as_seen(state)),
+                (
+                    unchanged(stands.key, stands.mod_revision),
+                    *self._as_seen(state),
+                    *self._without_clients(state, fields),
+                ),
                 (put(stands.key, encode(spec, stands.kv.value)),),
             )
             if result.succeeded:
                 await self._ledger.cluster.reached(result.revision, CATCH_UP)
-                _log.info("device %s updated: %s", spec.device, ", ".join(changed(stands.value, spec)))
+                _log.info("device %s updated: %s", spec.device, ", ".join(fields))
                 return
         raise ApiError(
             grpc.StatusCode.ABORTED,
@@ -121,6 +149,13 @@ class Specs:
             raise _refused(view.device, "it came into use meanwhile: look at it again")
         _log.info("device %s deleted", view.device)
 
+    def _without_clients(self, state: DeviceState, fields: Sequence[str]) -> tuple[Compare, ...]:
+        """Where a client could have a path of the holder's, and paths are to become others: none has."""
+        if state.holder is None or "path_template" not in fields:
+            return ()
+        # A grant where the device is leaves the holder's record as it was.
+        return (empty(self._ledger.keys.grants(state.device)),)
+
     def _as_seen(self, state: DeviceState) -> tuple[Compare, ...]:
         """Neither the holder nor the epochs have changed."""
         keys, device = self._ledger.keys, state.device
@@ -133,7 +168,7 @@ class Specs:
 
 def changed(before: Device, after: Device) -> list[str]:
     """The fields in which two specs differ."""
-    fields = ("driver", "parameters", "controllers", "ttl_seconds", "takeover")
+    fields = ("driver", "parameters", "controllers", "ttl_seconds", "takeover", "path_template")
     return [name for name in fields if getattr(before, name) != getattr(after, name)]
 
 
@@ -166,7 +201,15 @@ def _updatable(view: DeviceView, spec: Device, etag: str) -> Stored[Device]:
         raise _not_updated(
             view,
             fixed[0],
-            f"{who} it as it was: only controllers, ttl_seconds and takeover may change until it is free",
+            f"{who} it as it was: only controllers, path_template, ttl_seconds and takeover may change until"
+            " it is free",
+        )
+    if "path_template" in fields and holder is not None and state.grants:
+        clients = ", ".join(grant.value.client for grant in state.grants)
+        raise _not_updated(
+            view,
+            "path_template",
+            f"{clients} has a path made by it: end that access first, or wait for its end",
         )
     if holder is not None and spec.controllers and holder.controller not in spec.controllers:
         raise _not_updated(
@@ -235,11 +278,11 @@ def checked_spec(message: records_pb2.Device) -> Device:
     check_id("driver", message.driver)
     require(len(message.controllers) <= MOST_CONTROLLERS, "controllers", f"at most {MOST_CONTROLLERS}")
     for controller in message.controllers:
-        check_id("controller", controller)
+        check_id("controllers", controller)
     require(len(set(message.controllers)) == len(message.controllers), "controllers", "named once each")
     require(len(message.parameters) <= MOST_PARAMETERS, "parameters", f"at most {MOST_PARAMETERS}")
     for name, value in message.parameters.items():
-        check_id("parameter", name)
+        check_id("parameters", name)
         require(
             len(value) <= LONGEST_PARAMETER and value.isprintable(),
             f"parameters.{name}",
@@ -252,6 +295,7 @@ def checked_spec(message: records_pb2.Device) -> Device:
         f"0 for the default, or from {LEAST_TTL} to {LONGEST_TTL}",
     )
     require(message.version in (0, VERSION), "version", str(VERSION))
+    check_template(message.path_template)
     known = records_pb2.TakeoverPolicy.values()
     require(message.takeover in known, "takeover", "HOLD_OFF or STRICT")
     complete = records_pb2.Device()

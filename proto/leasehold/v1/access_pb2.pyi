@@ -30,7 +30,9 @@ class AccessSpec(google.protobuf.message.Message):
     client: builtins.str
     """Who asks, for the history and for people."""
     mode: leasehold.v1.records_pb2.AccessMode.ValueType
-    """How the device is to be used."""
+    """How the device is to be used. Those that share it, and those that only read, have it at the same time
+    through one controller.
+    """
     priority: builtins.int
     """0 to 100, higher goes first; unset means 50."""
     controller: builtins.str
@@ -65,6 +67,7 @@ class Access(google.protobuf.message.Message):
     CONTROLLER_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
     request: builtins.str
     """The request it answers."""
     device: builtins.str
@@ -77,6 +80,8 @@ class Access(google.protobuf.message.Message):
     """The fencing token."""
     revision: builtins.int
     """The etcd revision at which all this was so."""
+    mode: leasehold.v1.records_pb2.AccessMode.ValueType
+    """How it may be used. Under READ_ONLY the path refuses writes."""
     def __init__(
         self,
         *,
@@ -86,8 +91,9 @@ class Access(google.protobuf.message.Message):
         controller: builtins.str = ...,
         epoch: builtins.int = ...,
         revision: builtins.int = ...,
+        mode: leasehold.v1.records_pb2.AccessMode.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
 
 global___Access = Access
 

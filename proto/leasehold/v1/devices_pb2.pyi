@@ -14,6 +14,28 @@ import typing
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class Candidate(google.protobuf.message.Message):
+    """A controller that may hold a device, and whether it could be given it now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTROLLER_FIELD_NUMBER: builtins.int
+    HINDRANCE_FIELD_NUMBER: builtins.int
+    controller: builtins.str
+    """The controller."""
+    hindrance: builtins.str
+    """Why it could not, in a sentence; empty if it could."""
+    def __init__(
+        self,
+        *,
+        controller: builtins.str = ...,
+        hindrance: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "hindrance", b"hindrance"]) -> None: ...
+
+global___Candidate = Candidate
+
+@typing.final
 class DeviceStatus(google.protobuf.message.Message):
     """A device and who holds it, at one revision."""
 
@@ -27,6 +49,8 @@ class DeviceStatus(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
     queued: builtins.int
     """How many requests wait for it."""
     reason: builtins.str
@@ -35,6 +59,10 @@ class DeviceStatus(google.protobuf.message.Message):
     """The etcd revision at which all this was so."""
     etag: builtins.str
     """Stands for the spec: another one has another. Empty when there is no spec."""
+    path: builtins.str
+    """Where clients reach it: the holder's path, or what the device's `path_template` makes of it. Empty while
+    there is none.
+    """
     @property
     def device(self) -> leasehold.v1.records_pb2.Device:
         """What the operator says of it."""
@@ -51,6 +79,10 @@ class DeviceStatus(google.protobuf.message.Message):
     def grants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Grant]:
         """The clients that have access."""
 
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
+        """Who could serve it, best first, then those who could not. From GetDevice only."""
+
     def __init__(
         self,
         *,
@@ -62,9 +94,11 @@ class DeviceStatus(google.protobuf.message.Message):
         reason: builtins.str = ...,
         revision: builtins.int = ...,
         etag: builtins.str = ...,
+        path: builtins.str = ...,
+        candidates: collections.abc.Iterable[global___Candidate] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "holder", b"holder"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "path", b"path", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
 
 global___DeviceStatus = DeviceStatus
 
@@ -76,8 +110,11 @@ class CreateDeviceRequest(google.protobuf.message.Message):
 
     DEVICE_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    UNCHECKED_FIELD_NUMBER: builtins.int
     validate_only: builtins.bool
     """Only find out whether it would be accepted."""
+    unchecked: builtins.bool
+    """Ask no controller whether it could serve the device: for one that is made known before they run."""
     @property
     def device(self) -> leasehold.v1.records_pb2.Device:
         """The device."""
@@ -87,9 +124,10 @@ class CreateDeviceRequest(google.protobuf.message.Message):
         *,
         device: leasehold.v1.records_pb2.Device | None = ...,
         validate_only: builtins.bool = ...,
+        unchecked: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "validate_only", b"validate_only"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "unchecked", b"unchecked", "validate_only", b"validate_only"]) -> None: ...
 
 global___CreateDeviceRequest = CreateDeviceRequest
 
@@ -208,10 +246,13 @@ class UpdateDeviceRequest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    UNCHECKED_FIELD_NUMBER: builtins.int
     etag: builtins.str
     """From the DeviceStatus that the change is based on; empty means whatever stands."""
     validate_only: builtins.bool
     """Only find out whether it would be accepted."""
+    unchecked: builtins.bool
+    """Ask no controller whether it could serve the device."""
     @property
     def device(self) -> leasehold.v1.records_pb2.Device:
         """The device as it shall be: a field that is unset gets its default."""
@@ -222,9 +263,10 @@ class UpdateDeviceRequest(google.protobuf.message.Message):
         device: leasehold.v1.records_pb2.Device | None = ...,
         etag: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        unchecked: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "etag", b"etag", "validate_only", b"validate_only"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "etag", b"etag", "unchecked", b"unchecked", "validate_only", b"validate_only"]) -> None: ...
 
 global___UpdateDeviceRequest = UpdateDeviceRequest
 

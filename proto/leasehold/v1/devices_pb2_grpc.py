@@ -73,6 +73,8 @@ class DeviceServiceServicer(object):
 
     def CreateDevice(self, request, context):
         """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted.
+        The controllers that may hold it are asked first, unless `unchecked`: INVALID_ARGUMENT if its driver can
+        not use its parameters, FAILED_PRECONDITION if no controller has the driver or none reaches the device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,8 +97,10 @@ class DeviceServiceServicer(object):
     def UpdateDevice(self, request, context):
         """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
         accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
-        and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
-        make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+        and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
+        access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+        until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
+        `parameters` or `controllers` change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,10 @@ class DeviceServiceStub:
         leasehold.v1.devices_pb2.CreateDeviceRequest,
         leasehold.v1.devices_pb2.CreateDeviceResponse,
     ]
-    """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted."""
+    """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted.
+    The controllers that may hold it are asked first, unless `unchecked`: INVALID_ARGUMENT if its driver can
+    not use its parameters, FAILED_PRECONDITION if no controller has the driver or none reaches the device.
+    """
 
     GetDevice: grpc.UnaryUnaryMultiCallable[
         leasehold.v1.devices_pb2.GetDeviceRequest,
@@ -45,8 +48,10 @@ class DeviceServiceStub:
     ]
     """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
     accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
-    and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
-    make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+    and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
+    access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+    until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
+    `parameters` or `controllers` change.
     """
 
     DeleteDevice: grpc.UnaryUnaryMultiCallable[
@@ -70,7 +75,10 @@ class DeviceServiceAsyncStub:
         leasehold.v1.devices_pb2.CreateDeviceRequest,
         leasehold.v1.devices_pb2.CreateDeviceResponse,
     ]
-    """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted."""
+    """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted.
+    The controllers that may hold it are asked first, unless `unchecked`: INVALID_ARGUMENT if its driver can
+    not use its parameters, FAILED_PRECONDITION if no controller has the driver or none reaches the device.
+    """
 
     GetDevice: grpc.aio.UnaryUnaryMultiCallable[
         leasehold.v1.devices_pb2.GetDeviceRequest,
@@ -90,8 +98,10 @@ class DeviceServiceAsyncStub:
     ]
     """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
     accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
-    and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
-    make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+    and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
+    access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+    until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
+    `parameters` or `controllers` change.
     """
 
     DeleteDevice: grpc.aio.UnaryUnaryMultiCallable[
@@ -117,7 +127,10 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
         request: leasehold.v1.devices_pb2.CreateDeviceRequest,
         context: _ServicerContext,
     ) -> typing.Union[leasehold.v1.devices_pb2.CreateDeviceResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.CreateDeviceResponse]]:
-        """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted."""
+        """Adds a device. ALREADY_EXISTS if the id is taken by a different spec; the same spec again is accepted.
+        The controllers that may hold it are asked first, unless `unchecked`: INVALID_ARGUMENT if its driver can
+        not use its parameters, FAILED_PRECONDITION if no controller has the driver or none reaches the device.
+        """
 
     @abc.abstractmethod
     def GetDevice(
@@ -143,8 +156,10 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[leasehold.v1.devices_pb2.UpdateDeviceResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.UpdateDeviceResponse]]:
         """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
         accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
-        and `takeover` may change, and apply from the next epoch on; another `driver` or other `parameters` would
-        make it another device, and are FAILED_PRECONDITION until every epoch is proved to be over.
+        and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
+        access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+        until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
+        `parameters` or `controllers` change.
         """
 
     @abc.abstractmethod

@@ -109,7 +109,11 @@ class _AccessModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     ACCESS_MODE_UNSPECIFIED: _AccessMode.ValueType  # 0
     """Same as ACCESS_MODE_EXCLUSIVE."""
     ACCESS_MODE_EXCLUSIVE: _AccessMode.ValueType  # 1
-    """One client at a time."""
+    """One client at a time, which may read and write."""
+    ACCESS_MODE_SHARED: _AccessMode.ValueType  # 2
+    """Several clients at a time, which may read and write and keep out of each other's way by themselves."""
+    ACCESS_MODE_READ_ONLY: _AccessMode.ValueType  # 3
+    """Several clients at a time, none of which can write."""
 
 class AccessMode(_AccessMode, metaclass=_AccessModeEnumTypeWrapper):
     """How a device is to be used."""
@@ -117,7 +121,11 @@ class AccessMode(_AccessMode, metaclass=_AccessModeEnumTypeWrapper):
 ACCESS_MODE_UNSPECIFIED: AccessMode.ValueType  # 0
 """Same as ACCESS_MODE_EXCLUSIVE."""
 ACCESS_MODE_EXCLUSIVE: AccessMode.ValueType  # 1
-"""One client at a time."""
+"""One client at a time, which may read and write."""
+ACCESS_MODE_SHARED: AccessMode.ValueType  # 2
+"""Several clients at a time, which may read and write and keep out of each other's way by themselves."""
+ACCESS_MODE_READ_ONLY: AccessMode.ValueType  # 3
+"""Several clients at a time, none of which can write."""
 global___AccessMode = AccessMode
 
 class _RequestState:
@@ -229,6 +237,7 @@ class Device(google.protobuf.message.Message):
     CONTROLLERS_FIELD_NUMBER: builtins.int
     TTL_SECONDS_FIELD_NUMBER: builtins.int
     TAKEOVER_FIELD_NUMBER: builtins.int
+    PATH_TEMPLATE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -239,6 +248,10 @@ class Device(google.protobuf.message.Message):
     """TTL of the lease that keeps a holder, in seconds; 0 means the default of 10."""
     takeover: global___TakeoverPolicy.ValueType
     """How long a takeover waits."""
+    path_template: builtins.str
+    """The URI that clients get instead of the driver's path, in which {device}, {controller}, {data_host},
+    {epoch} and {path} are filled in, the last being the driver's path itself; empty for the driver's path.
+    """
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The driver's parameters."""
@@ -257,8 +270,9 @@ class Device(google.protobuf.message.Message):
         controllers: collections.abc.Iterable[builtins.str] | None = ...,
         ttl_seconds: builtins.int = ...,
         takeover: global___TakeoverPolicy.ValueType = ...,
+        path_template: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "device", b"device", "driver", b"driver", "parameters", b"parameters", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "device", b"device", "driver", b"driver", "parameters", b"parameters", "path_template", b"path_template", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
 
 global___Device = Device
 
@@ -439,20 +453,24 @@ class Target(google.protobuf.message.Message):
     CONTROLLER_FIELD_NUMBER: builtins.int
     INSTANCE_FIELD_NUMBER: builtins.int
     SESSION_LEASE_FIELD_NUMBER: builtins.int
+    READ_ONLY_FIELD_NUMBER: builtins.int
     controller: builtins.str
     """The controller."""
     instance: builtins.str
     """Which start of it."""
     session_lease: builtins.str
     """Its session: the swap attaches the holder record to it, which etcd refuses once it is gone."""
+    read_only: builtins.bool
+    """It is to hold the device for reading only."""
     def __init__(
         self,
         *,
         controller: builtins.str = ...,
         instance: builtins.str = ...,
         session_lease: builtins.str = ...,
+        read_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "session_lease", b"session_lease"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "read_only", b"read_only", "session_lease", b"session_lease"]) -> None: ...
 
 global___Target = Target
 
@@ -474,6 +492,7 @@ class Holder(google.protobuf.message.Message):
     TARGET_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     PATH_EXPOSED_FIELD_NUMBER: builtins.int
+    READ_ONLY_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -491,11 +510,13 @@ class Holder(google.protobuf.message.Message):
     state: global___HolderState.ValueType
     """What it is doing."""
     path: builtins.str
-    """Where clients reach the device; set when ACTIVE."""
+    """Where the driver serves the device; set when ACTIVE. What clients get is made from it."""
     request: builtins.str
     """The access request this hold was made for."""
     path_exposed: builtins.bool
     """A client that never released may still know the path: the next grant begins a new epoch."""
+    read_only: builtins.bool
+    """It may only read, as long as this epoch lasts."""
     @property
     def target(self) -> global___Target:
         """Who comes next; set when YIELDING."""
@@ -515,9 +536,10 @@ class Holder(google.protobuf.message.Message):
         target: global___Target | None = ...,
         request: builtins.str = ...,
         path_exposed: builtins.bool = ...,
+        read_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "path", b"path", "path_exposed", b"path_exposed", "request", b"request", "session_lease", b"session_lease", "state", b"state", "target", b"target", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "path", b"path", "path_exposed", b"path_exposed", "read_only", b"read_only", "request", b"request", "session_lease", b"session_lease", "state", b"state", "target", b"target", "version", b"version"]) -> None: ...
 
 global___Holder = Holder
 
@@ -532,6 +554,7 @@ class Assignment(google.protobuf.message.Message):
     CONTROLLER_FIELD_NUMBER: builtins.int
     ACTION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    READ_ONLY_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -542,6 +565,8 @@ class Assignment(google.protobuf.message.Message):
     """What to do."""
     epoch: builtins.int
     """In which epoch; ignored if the holder record names another."""
+    read_only: builtins.bool
+    """As in the holder record, which was written in the same transaction."""
     def __init__(
         self,
         *,
@@ -550,8 +575,9 @@ class Assignment(google.protobuf.message.Message):
         controller: builtins.str = ...,
         action: global___AssignmentAction.ValueType = ...,
         epoch: builtins.int = ...,
+        read_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "read_only", b"read_only", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
 
@@ -698,6 +724,7 @@ class Grant(google.protobuf.message.Message):
     CONTROLLER_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -712,6 +739,8 @@ class Grant(google.protobuf.message.Message):
     """In which epoch."""
     path: builtins.str
     """Where."""
+    mode: global___AccessMode.ValueType
+    """How."""
     def __init__(
         self,
         *,
@@ -722,8 +751,9 @@ class Grant(google.protobuf.message.Message):
         controller: builtins.str = ...,
         epoch: builtins.int = ...,
         path: builtins.str = ...,
+        mode: global___AccessMode.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "controller", b"controller", "device", b"device", "epoch", b"epoch", "path", b"path", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "path", b"path", "request", b"request", "version", b"version"]) -> None: ...
 
 global___Grant = Grant
 

@@ -47,7 +47,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _MAPPED: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
-    (InvalidId, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ID"),
     (NotPossible, grpc.StatusCode.FAILED_PRECONDITION, "NOT_POSSIBLE"),
     (Unreadable, grpc.StatusCode.FAILED_PRECONDITION, "RECORD_UNREADABLE"),
     (errors.NoSpace, grpc.StatusCode.RESOURCE_EXHAUSTED, "ETCD_NO_SPACE"),
@@ -72,6 +71,8 @@ class ApiError(Exception):
         """The answer to an error that the store raised; INTERNAL for one that nobody foresaw."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, InvalidId):
+            return cls(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ID", str(error), field=error.kind)
         for kind, code, reason in _MAPPED:
             if isinstance(error, kind):
                 return cls(code, reason, str(error))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from leasehold.store import pem
-from leasehold.store.connection import EtcdConfig
-from leasehold.store.keys import DEFAULT_PREFIX
+from leasehold.store.connection import Connection, EtcdConfig
+from leasehold.store.keys import DEFAULT_PREFIX, Keys
 
 T = TypeVar("T")
 
@@ -36,6 +36,14 @@ class EtcdSettings:
     def __post_init__(self) -> None:
         self.connection()
         pem.read(self.ca_file, self.cert_file, self.key_file)
+        Keys(self.prefix)
+
+    def connect(self) -> Connection:
+        """A connection, which the caller closes. Raises `ConfigError` if a file is no longer what it was."""
+        try:
+            return Connection(self.connection())
+        except ValueError as error:
+            raise ConfigError(f"etcd: {error}") from error
 
     def connection(self) -> EtcdConfig:
         return EtcdConfig(
@@ -97,6 +105,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is Path:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{where}: expected a path, found {value!r}")
+        if not value.isprintable():
+            raise ConfigError(f"{where}: {value!r} has characters that a path here can not have")
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import grpc
 
+from leasehold.runtime.config import ConfigError
 from leasehold.store import pem
 
 
@@ -24,8 +25,8 @@ class TlsSettings:
         self._read()
 
     def server(self) -> grpc.ServerCredentials:
-        """For a listener. Raises ValueError if the files are no longer what they were."""
-        found = self._read()
+        """For a listener. Raises ConfigError if the files are no longer what they were."""
+        found = self._again()
         return grpc.ssl_server_credentials(
             [(found.key or b"", found.cert or b"")],
             root_certificates=found.ca,
@@ -33,9 +34,15 @@ class TlsSettings:
         )
 
     def client(self) -> grpc.ChannelCredentials:
-        """For connections to other daemons. Raises ValueError if the files are no longer what they were."""
-        found = self._read()
+        """For connections to other daemons. Raises ConfigError if the files are no longer what they were."""
+        found = self._again()
         return grpc.ssl_channel_credentials(found.ca, found.key, found.cert)
+
+    def _again(self) -> pem.Pem:
+        try:
+            return self._read()
+        except ValueError as error:
+            raise ConfigError(f"tls: {error}") from error
 
     def _read(self) -> pem.Pem:
         return pem.read(self.ca_file, self.cert_file, self.key_file)

@@ -24,6 +24,7 @@ import heapq
 import itertools
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -57,6 +58,9 @@ _RENEWALS = 4
 _LONGEST_NAP = 0.5
 """Seconds. The loop's clock stands still while the host is suspended and the boot clock does not, so nobody
 may sleep long by the one for something that is due by the other."""
+
+_RETURNED = 1024
+"""Leases given back that are remembered for each TTL. They are not renewed: what is not used runs out."""
 
 # After a stall of the event loop a timer and a reply may both be due; the reply then counts.
 _GRACE = 0.05
@@ -163,6 +167,7 @@ class LeaseKeeper:
         self._spare_count = spares
         self._spares: dict[int, list[Lease]] = {}
         self._refills: dict[int, asyncio.Task[None]] = {}
+        self._returned: dict[int, deque[Lease]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -203,7 +208,11 @@ class LeaseKeeper:
                 raise Unavailable(f"no lease of {ttl} s was granted in time")
 
     async def spare(self, ttl: int, *, timeout: float | None = None) -> Lease:
-        """As `grant`, but from a pool that is filled in the background: no commit to wait for, as a rule."""
+        """As `grant`, but one that was given back a moment ago, or one from a pool that is filled in the
+        background: no commit to wait for, as a rule.
+        """
+        if again := self._again(ttl):
+            return again
         pool = self._spares.setdefault(ttl, [])
         living = [lease for lease in pool if lease.alive]
         freshest = max(living, key=lambda lease: lease.deadline, default=None)
@@ -211,6 +220,15 @@ class LeaseKeeper:
         if ttl not in self._refills:
             self._refills[ttl] = asyncio.create_task(self._refill(ttl, pool))
         return freshest or await self.grant(ttl, timeout=timeout)
+
+    def give_back(self, lease: Lease) -> None:
+        """Take back a lease on which for certain nothing hangs any more: `spare` may hand it out again.
+
+        That saves two commits: the grant of another, and the end of this one.
+        """
+        self.forget(lease)
+        if lease.alive and not lease._paused:
+            self._returned.setdefault(lease.ttl, deque(maxlen=_RETURNED)).append(lease)
 
     async def adopt(self, lease_id: int, ttl: int, *, timeout: float | None = None) -> Lease:
         """Keep a lease that was granted elsewhere, said to be of `ttl` seconds, once it has been renewed.
@@ -300,6 +318,17 @@ class LeaseKeeper:
             else:
                 return before, reply.TTL
 
+    def _again(self, ttl: int) -> Lease | None:
+        """A lease that was given back so lately that most of its time is left."""
+        returned = self._returned.get(ttl)
+        while returned:
+            old = returned.pop()
+            sent = old.deadline + margin_ns(ttl) - ttl * NANOSECONDS
+            if old.alive and self.clock() - sent < ttl * NANOSECONDS // 2:
+                # Another object, so that whoever had the old one has no part in it.
+                return self._keep(Lease(self, old.id, ttl, old.deadline), sent + _interval(ttl))
+        return None
+
     async def _refill(self, ttl: int, pool: list[Lease]) -> None:
         try:
             while (missing := self._spare_count - len(pool)) > 0:
@@ -315,12 +344,12 @@ class LeaseKeeper:
         finally:
             del self._refills[ttl]
 
-    def _keep(self, lease: Lease) -> Lease:
+    def _keep(self, lease: Lease, due: int | None = None) -> Lease:
         lease._kept = True
         self._leases[lease.id] = lease
         # Of a short lease a second of silence would be most of the time there is.
         self._silence = min(self._silence, max(lease.ttl * NANOSECONDS // 8, NANOSECONDS // 4))
-        self._schedule(lease, self.clock() + _interval(lease.ttl, least=0.25))
+        self._schedule(lease, self.clock() + _interval(lease.ttl, least=0.25) if due is None else due)
         heapq.heappush(self._deadlines, (lease.deadline, next(self._order), lease))
         self._deadlines_changed.set()
         return lease

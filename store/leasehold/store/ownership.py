@@ -25,6 +25,9 @@ That no earlier epoch can still write is the business of the drivers' fences.
 * ACTIVATING hangs on the *session* lease of its holder: etcd refuses the whole transaction if that is gone,
   so control passes only to the living, and no moment without an owner lets a third slip in between.
 * ACTIVE and YIELDING hang on the lease of the device itself, so a device whose data path hangs lapses alone.
+* A hold is for reading only, or for reading and writing, from its beginning to its end: whoever gives it says
+  which, in the holder record and the assignment alike. The grants that stand are of its kind, because a grant
+  compares the holder record. From one kind to the other leads the next epoch only.
 * The unreleased epochs are a set. Giving an epoch adds it; it leaves by its own holder's proof (swap,
   release) or by a successor's fence (publish), and `assign` requires the set to be empty.
 * Every transaction compares `epochs/<device>` and rewrites it, so two absences of a holder are never taken
@@ -52,6 +55,7 @@ from leasehold.store.kv import (
 )
 from leasehold.store.records import (
     NO_REQUEST,
+    AccessMode,
     AccessRequest,
     Assignment,
     AssignmentAction,
@@ -133,6 +137,20 @@ class DeviceState:
     def held_by(self, controller: ControllerId) -> bool:
         return self.holder is not None and self.holder.value.controller == controller
 
+    @property
+    def successor_reads_only(self) -> bool:
+        """Whether who is given the device next, for nobody in particular, is to hold it for reading only.
+
+        So the clients decide that have access; without any, what the holder is or is about to be replaced by;
+        and if nothing tells, it is to read and write.
+        """
+        if self.grants:
+            return all(grant.value.mode.read_only for grant in self.grants)
+        if self.holder is None:
+            return False
+        holder = self.holder.value
+        return holder.target.read_only if holder.target else holder.read_only
+
 
 def device_reads(keys: Keys, device: DeviceId) -> tuple[Get, ...]:
     """The ranges from which `device_state` is made, for one linearizable read."""
@@ -177,6 +195,8 @@ def checked(state: DeviceState) -> DeviceState:
         wrong = f"an unreleased epoch is above the highest, {state.epoch}"
     elif holder and all(item.epoch != holder.value.epoch for item in state.unreleased):
         wrong = f"the holder's epoch {holder.value.epoch} is not among the unreleased"
+    elif holder and any(item.value.mode.read_only != holder.value.read_only for item in state.grants):
+        wrong = "a client has access in a mode that the hold is not for"
     return replace(state, unreadable=wrong) if wrong else state
 
 
@@ -189,15 +209,21 @@ class Author:
 
 
 def assign(
-    author: Author, state: DeviceState, target: Controller, *, reason: str, request: RequestId = NO_REQUEST
+    author: Author,
+    state: DeviceState,
+    target: Controller,
+    *,
+    reason: str,
+    request: RequestId = NO_REQUEST,
+    mode: AccessMode | None = None,
 ) -> Transaction:
-    """A free device is given to `target`."""
+    """A free device is given to `target`, in `mode`, or as the clients need it that have access."""
     _require(state, not state.unreadable, state.unreadable)
     _require(state, state.free, "it is not free")
     return _give(
         author,
         state,
-        Target(controller=target.controller, instance=target.instance, session_lease=target.session_lease),
+        _target(state, target, mode),
         kind=ChangeKind.ASSIGNED,
         unreleased=(),
         reason=reason,
@@ -207,9 +233,18 @@ def assign(
 
 
 def direct(
-    author: Author, state: DeviceState, target: Controller, *, reason: str, request: RequestId = NO_REQUEST
+    author: Author,
+    state: DeviceState,
+    target: Controller,
+    *,
+    reason: str,
+    request: RequestId = NO_REQUEST,
+    mode: AccessMode | None = None,
 ) -> Transaction:
-    """The holder is told to pass control to `target`, which may be itself in a new epoch."""
+    """The holder is told to pass control to `target`, which may be itself in a new epoch.
+
+    In `mode`, which is for the caller to decide only if nobody has access, or as it is held now.
+    """
     holder = _holder(state)
     old = holder.value
     _from(state, ChangeKind.YIELDING)
@@ -218,9 +253,7 @@ def direct(
         old,
         state=HolderState.YIELDING,
         request=request,
-        target=Target(
-            controller=target.controller, instance=target.instance, session_lease=target.session_lease
-        ),
+        target=_target(state, target, mode),
     )
     assignment = Assignment(
         device=state.device, controller=old.controller, action=AssignmentAction.YIELD, epoch=old.epoch
@@ -286,7 +319,7 @@ def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str
     return _give(
         author,
         state,
-        Target(controller=me.controller, instance=me.instance, session_lease=me.session_lease),
+        _target(state, me, None),
         kind=ChangeKind.TAKEN_OVER,
         unreleased=state.unreleased,
         lost=lost,
@@ -307,12 +340,20 @@ class Serving:
     request: Stored[AccessRequest] | None = None
     client: Stored[Client] | None = None
 
-    @property
-    def newcomer(self) -> AccessRequest | None:
-        """The request to be granted by this publication; None if there is none or its client has left."""
-        wanted = self.request is not None and self.client is not None
-        pending = wanted and self.request is not None and self.request.value.state is RequestState.PENDING
-        return self.request.value if pending and self.request else None
+    def newcomer(self, holder: Holder) -> AccessRequest | None:
+        """The request to be granted when `holder` publishes.
+
+        None if there is none, if its client has left, or if it was made for another kind of hold or can not
+        stand beside the grants: after a takeover the record still names the request of an earlier epoch. It
+        is left in the queue, then.
+        """
+        if self.request is None or self.client is None:
+            return None
+        request = self.request.value
+        fits = request.mode.read_only == holder.read_only and all(
+            grant.value.mode.beside(request.mode) for grant in self.grants
+        )
+        return request if fits and request.state is RequestState.PENDING else None
 
 
 def publish(
@@ -347,7 +388,7 @@ def publish(
         moved = replace(grant.value, controller=old.controller, epoch=old.epoch, path=path)
         compares.append(unchanged(grant.key, grant.mod_revision))
         operations.append(put(grant.key, encode(moved, grant.kv.value)))
-    newcomer = serving.newcomer
+    newcomer = serving.newcomer(old)
     if newcomer is not None and serving.request is not None and serving.client is not None:
         given = Grant(
             device=state.device,
@@ -356,6 +397,7 @@ def publish(
             controller=old.controller,
             epoch=old.epoch,
             path=path,
+            mode=newcomer.mode,
         )
         answered = replace(
             newcomer, state=RequestState.GRANTED, reason=reason, epoch=old.epoch, change=change
@@ -455,9 +497,14 @@ def _give(
         epoch=epoch,
         state=HolderState.ACTIVATING,
         request=request,
+        read_only=target.read_only,
     )
     assignment = Assignment(
-        device=state.device, controller=target.controller, action=AssignmentAction.HOLD, epoch=epoch
+        device=state.device,
+        controller=target.controller,
+        action=AssignmentAction.HOLD,
+        epoch=epoch,
+        read_only=target.read_only,
     )
     own = UnreleasedEpoch(
         epoch=epoch,
@@ -570,6 +617,17 @@ def _lease(state: DeviceState, lease: LeaseId) -> int:
     number = lease_number(lease)
     _require(state, number != 0, "there is no lease to attach the holder record to")
     return number
+
+
+def _target(state: DeviceState, target: Controller, mode: AccessMode | None) -> Target:
+    served = mode is None or mode.read_only == state.successor_reads_only or not state.grants
+    _require(state, served, "the clients that have access need another kind of hold")
+    return Target(
+        controller=target.controller,
+        instance=target.instance,
+        session_lease=target.session_lease,
+        read_only=state.successor_reads_only if mode is None else mode.read_only,
+    )
 
 
 def _party(holder: Holder) -> Party:

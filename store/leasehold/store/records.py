@@ -92,6 +92,17 @@ class AssignmentAction(StrEnum):
 
 class AccessMode(StrEnum):
     EXCLUSIVE = "EXCLUSIVE"
+    SHARED = "SHARED"
+    READ_ONLY = "READ_ONLY"
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it needs a hold that may only read; any other needs one that may write."""
+        return self is AccessMode.READ_ONLY
+
+    def beside(self, other: "AccessMode") -> bool:
+        """Whether accesses of both modes may stand at the same time."""
+        return self is other and self is not AccessMode.EXCLUSIVE
 
 
 class RequestState(StrEnum):
@@ -127,6 +138,7 @@ class Device:
     controllers: tuple[ControllerId, ...] = ()
     ttl_seconds: int = 0
     takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF
+    path_template: str = ""
 
     @property
     def ttl(self) -> int:
@@ -192,6 +204,7 @@ class Target:
     controller: ControllerId
     instance: InstanceId
     session_lease: LeaseId
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +223,7 @@ class Holder:
     target: Target | None = None
     request: RequestId = NO_REQUEST
     path_exposed: bool = False
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +235,7 @@ class Assignment:
     controller: ControllerId
     action: AssignmentAction
     epoch: Epoch
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +289,7 @@ class Grant:
     controller: ControllerId
     epoch: Epoch
     path: str
+    mode: AccessMode = AccessMode.EXCLUSIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

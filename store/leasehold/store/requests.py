@@ -6,6 +6,13 @@
 
 A decision for a device compares its queue as it was seen (nothing newer may have arrived), the request it is
 about, the grants, and the holder. So two coordinators that decide at once cannot both succeed.
+
+    stands             joins                    in a hold that
+    --------------------------------------------------------------------
+    nothing            any mode                 suits the mode, see `AccessMode.read_only`
+    EXCLUSIVE          nothing
+    SHARED             SHARED                   reads and writes
+    READ_ONLY          READ_ONLY                only reads
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +22,7 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import Compare, Operation, absent, delete, empty, none_newer, present, put, unchanged
 from leasehold.store.ownership import DeviceState, NotPossible
 from leasehold.store.records import (
+    AccessMode,
     AccessRequest,
     Client,
     DeviceId,
@@ -28,6 +36,10 @@ from leasehold.store.records import (
 )
 from leasehold.store.transaction import Transaction, new_change_id
 from leasehold.store.walltime import timestamp
+
+MOST_TOGETHER = 100
+"""Clients that may have a device at the same time. A publication moves all of them in one transaction, whose
+operations etcd limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,12 @@ def submit(keys: Keys, request: AccessRequest) -> Transaction:
 def submit_granted(
     keys: Keys, state: DeviceState, queue: QueueSeen, request: AccessRequest, *, reason: str
 ) -> Transaction:
-    """A new request is granted as it arrives: its device is active where it is wanted, and unused."""
-    holder = _serving(state)
+    """A new request is granted as it arrives.
+
+    Its device is active where it is wanted, in a hold for its mode. It is unused, or used in the same mode,
+    which is not EXCLUSIVE.
+    """
+    holder = _serving(state, request.mode)
     change = new_change_id()
     value = replace(
         request,
@@ -78,7 +94,7 @@ def submit_granted(
         compares=(
             absent(keys.request(request.request)),
             present(keys.device(request.device)),
-            *_unused(keys, state, holder, queue),
+            *_as_seen(keys, state, holder, queue),
         ),
         operations=(
             put(keys.request(request.request), encode(value)),
@@ -97,8 +113,8 @@ def grant(
     *,
     reason: str,
 ) -> Transaction:
-    """A waiting request is granted on a device that is active where it is wanted, and unused."""
-    holder = _serving(state)
+    """A waiting request is granted, under the same conditions as in `submit_granted`."""
+    holder = _serving(state, request.value.mode)
     change = new_change_id()
     value = replace(
         request.value, state=RequestState.GRANTED, reason=reason, epoch=holder.value.epoch, change=change
@@ -109,7 +125,7 @@ def grant(
         compares=(
             unchanged(request.key, request.mod_revision),
             unchanged(client.key, client.mod_revision),
-            *_unused(keys, state, holder, queue),
+            *_as_seen(keys, state, holder, queue),
         ),
         operations=(
             put(request.key, encode(value, request.kv.value)),
@@ -148,7 +164,8 @@ def end(
     """An access is over.
 
     `path_exposed` when the client did not say so itself: it may still know the path, and the next grant must
-    begin a new epoch even on the same controller.
+    begin a new epoch even on the same controller. A path that only reads harms nobody and is not marked: who
+    wants to write gets a new epoch in any case.
     """
     if request.value.state is not RequestState.GRANTED:
         raise NotPossible(
@@ -156,7 +173,7 @@ def end(
         )
     compares: tuple[Compare, ...] = ()
     operations: tuple[Operation, ...] = (delete(keys.grant(state.device, request.value.request)),)
-    if path_exposed:
+    if path_exposed and not request.value.mode.read_only:
         if state.holder is None:
             compares = (absent(keys.holder(state.device)),)
         else:
@@ -194,18 +211,28 @@ def _finish(
     )
 
 
-def _serving(state: DeviceState) -> Stored[Holder]:
+def _serving(state: DeviceState, mode: AccessMode) -> Stored[Holder]:
     if state.unreadable or state.holder is None or state.holder.value.state is not HolderState.ACTIVE:
         raise NotPossible(state.device, state.unreadable or "nobody serves it")
-    if state.holder.value.path_exposed:
+    if state.holder.value.read_only != mode.read_only:
+        raise NotPossible(state.device, f"its hold is not for {mode}")
+    if not all(grant.value.mode.beside(mode) for grant in state.grants):
+        raise NotPossible(state.device, f"it is in use, and not together with {mode}")
+    if len(state.grants) >= MOST_TOGETHER:
+        raise NotPossible(state.device, f"{MOST_TOGETHER} clients have it, the most there may be")
+    # Whoever shares it has to reckon with other writers; the one that lapsed was one of them.
+    if state.holder.value.path_exposed and not state.grants:
         raise NotPossible(state.device, "an earlier client may still know its path")
     return state.holder
 
 
-def _unused(keys: Keys, state: DeviceState, holder: Stored[Holder], queue: QueueSeen) -> tuple[Compare, ...]:
+def _as_seen(keys: Keys, state: DeviceState, holder: Stored[Holder], queue: QueueSeen) -> tuple[Compare, ...]:
+    grants = keys.grants(state.device)
     return (
         unchanged(holder.key, holder.mod_revision),
-        empty(keys.grants(state.device)),
+        # Where nobody had it, nobody has; where some did, nobody has joined them. That some may have left
+        # leaves room for the same modes and more.
+        none_newer(grants, state.revision) if state.grants else empty(grants),
         queue.compare(keys),
     )
 
@@ -218,6 +245,7 @@ def _grant(keys: Keys, holder: Holder, request: AccessRequest) -> Operation:
         controller=holder.controller,
         epoch=Epoch(holder.epoch),
         path=holder.path,
+        mode=request.mode,
     )
     return put(keys.grant(holder.device, request.request), encode(given))
 

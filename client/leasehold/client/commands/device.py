@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from leasehold.client.applying import Step
     from leasehold.client.connection import Leasehold
 
+Unchecked = Annotated[
+    bool,
+    typer.Option(
+        "--unchecked", help="Ask no controller whether it could serve the device, if none runs yet."
+    ),
+]
+
 create = group("Make something known.")
 delete = group("Forget something.")
 
@@ -42,10 +49,17 @@ def create_device(
     ] = "",
     ttl: Annotated[int, typer.Option(help="Seconds its holder's lease lives; 0 for the default.", min=0)] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A takeover waits a whole TTL longer.")] = False,
+    path_template: Annotated[
+        str, typer.Option(metavar="URI", help="What clients get, made of {path}, {data_host}, {epoch}, ...")
+    ] = "",
+    unchecked: Unchecked = False,
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
 ) -> None:
-    """Make a device known. The same once more is accepted."""
+    """Make a device known. The same once more is accepted.
+
+    The controllers that may hold it are asked whether they could serve it.
+    """
     from leasehold.client import output as printer  # noqa: PLC0415
 
     parameters = {}
@@ -60,7 +74,16 @@ def create_device(
     found = ask(
         coordinator,
         lambda leasehold: one(
-            leasehold.create_device(device, driver, parameters, controllers=eligible, ttl=ttl, strict=strict)
+            leasehold.create_device(
+                device,
+                driver,
+                parameters,
+                controllers=eligible,
+                ttl=ttl,
+                strict=strict,
+                path_template=path_template,
+                unchecked=unchecked,
+            )
         ),
     )
     printer.show(found, printer.DEVICES, output)
@@ -73,6 +96,7 @@ def apply(
         bool, typer.Option("--dry-run", help="Show what would change and whether it would be accepted.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before changing anything.")] = False,
+    unchecked: Unchecked = False,
     coordinator: Coordinators = None,
 ) -> None:
     """Make devices what a file says: create those that are not there, change those that differ.
@@ -84,14 +108,16 @@ def apply(
     controllers: [b, a]                   that may hold it, best first; by default any
     ttl_seconds: 20                       of its holder's lease; by default the cluster's
     takeover: strict                      or hold-off, the default
+    path_template: "{path}?tls=on"        what clients get; by default the driver's path
 
     One device, a list of them, or several documents separated by ---. A field that is left out gets its
     default. What "leasehold get devices -o yaml" prints is taken as well, and then refused where the device
     was changed since. Devices that the file does not name are left alone.
 
     What would change is printed to stdout. Coordinators are asked whether they would accept all of it before
-    any of it is done. While a device is held, its driver and parameters stay as they are, and its holder
-    stays among the controllers; ttl_seconds and takeover apply from its next epoch on.
+    any of it is done, and they ask the controllers whether they could serve it. While a device is held, its
+    driver and parameters stay as they are, and its holder stays among the controllers; path_template stays
+    while a client has access; ttl_seconds and takeover apply from its next epoch on.
     """
     from leasehold.client import applying, manifest  # noqa: PLC0415
 
@@ -105,13 +131,13 @@ def apply(
     if not todo:
         say(f"nothing to change: {len(steps)} of {len(steps)} devices are as the file says")
         return
-    _carry_out(coordinator, todo, validate_only=True)
+    _carry_out(coordinator, todo, validate_only=True, unchecked=unchecked)
     if dry_run:
         say("nothing was changed: this was a dry run")
         return
     if not yes:
         _confirm(f"Change {len(todo)} of {len(steps)} devices?")
-    _carry_out(coordinator, todo, validate_only=False)
+    _carry_out(coordinator, todo, validate_only=False, unchecked=unchecked)
 
 
 @delete.command("device", epilog=CODES)
@@ -191,13 +217,17 @@ def _read(file: str) -> str:
         raise typer.BadParameter(f"{file}: {error.strerror}", param_hint="--file") from error
 
 
-def _carry_out(coordinator: list[str] | None, steps: "list[Step]", *, validate_only: bool) -> None:
+def _carry_out(
+    coordinator: list[str] | None, steps: "list[Step]", *, validate_only: bool, unchecked: bool
+) -> None:
     """Do it and say so; what fails is said, and ends the command with the code of the first."""
     from leasehold.client import applying  # noqa: PLC0415
 
     failures = ask(
         coordinator,
-        lambda leasehold: applying.carry_out(leasehold, steps, validate_only=validate_only),
+        lambda leasehold: applying.carry_out(
+            leasehold, steps, validate_only=validate_only, unchecked=unchecked
+        ),
     )
     failed = {failure.entry.device for failure in failures}
     if not validate_only:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leasehold.client.modes import Mode
 from leasehold.client.options import (
     Coordinators,
     DeviceName,
@@ -27,12 +28,17 @@ Wait = Annotated[
     str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
 ]
 RequestId = Annotated[str, typer.Option(metavar="ID", help="The id of the request. By default a new one.")]
+How = Annotated[
+    Mode,
+    typer.Option("--mode", help="Alone; beside others that write too; beside others that only read as well."),
+]
 Client = Annotated[str, typer.Option(metavar="NAME", help="Who asks, for the history. By default user@host.")]
 
 
 def request(
     device: DeviceName,
     *,
+    mode: How = Mode.EXCLUSIVE,
     via: Via = "",
     priority: Priority = None,
     wait: Wait = "",
@@ -52,7 +58,13 @@ def request(
         coordinator,
         lambda leasehold: one(
             leasehold.submit(
-                device, priority=priority, controller=via, wait=limit, client=client, request=request_id
+                device,
+                mode=mode,
+                priority=priority,
+                controller=via,
+                wait=limit,
+                client=client,
+                request=request_id,
             )
         ),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,14 @@ class Loop:
 
 
 def attach(image: str, tag: str, *, read_only: bool) -> Loop:
-    """A new loop device over `image`, with a tag of at most 63 bytes. Raises OSError."""
-    backing = os.open(image, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    """A new loop device over `image`, with a tag of at most 63 bytes. Raises OSError.
+
+    A block device will do as well. It is opened as by its only user on this host, and stays so as long as the
+    loop device has it.
+    """
+    alone = os.O_EXCL if stat.S_ISBLK(os.stat(image).st_mode) else 0
+    access = os.O_RDONLY if read_only else os.O_RDWR
+    backing = os.open(image, access | alone | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         flags = _AUTOCLEAR | _DIRECT_IO | (_READ_ONLY if read_only else 0)
         info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, tag.encode(), b"", b"", 0, 0)

@@ -26,7 +26,6 @@ _FLAGS = {
 _VALUES = {"ext4": ("data=journal", "data=ordered"), "xfs": ()}
 _ALWAYS = {"ext4": (("errors", "remount-ro"),), "xfs": ()}
 """ext4 would by default go on writing after it found itself damaged."""
-_WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,6 @@ def allowed(fstype: str) -> list[str]:
 
 def parse(fstype: str, text: str, *, read_only: bool = False) -> Options:
     """The options in `text`, separated by commas, with `nosuid` and `nodev` unless it says otherwise.
-
-    With `read_only` the journal is not replayed either, so that nothing is written.
 
     Raises ValueError, whose message says what can not be used.
     """
@@ -72,5 +69,6 @@ def parse(fstype: str, text: str, *, read_only: bool = False) -> Options:
             raise ValueError(f"has {option!r}; {fstype} may have {', '.join(allowed(fstype))}")
     if read_only:
         attributes |= mount_api.MOUNT_READ_ONLY
-        flags += ["ro", _WITHOUT_RECOVERY[fstype]]
+        # Without its journal (noload, norecovery) a filesystem lacks what its clients were told is safe.
+        flags.append("ro")
     return Options(attributes, tuple(flags), tuple(values))

@@ -2,7 +2,8 @@
 
 Making it:
 
-1. An image gets a loop device of its own.
+1. An image gets a loop device of its own. So does whatever is to be mounted for reading only, and that loop
+   device refuses writes.
 2. The filesystem is mounted without a place in the tree. From here on the steward shuts it down at its
    deadline.
 3. A small file is written and synced, or nothing where it is mounted for reading only.
@@ -139,9 +140,7 @@ class Volume:
                 raise VolumeFailed(f"something is mounted at {self.spec.mountpoint} already")
             self._take_node()
             self._require_gate()
-            self._mount = mount_api.create(
-                self.spec.fstype, self._node, asked.flags, asked.values, asked.attributes
-            )
+            self._mount = self._create(asked)
             self._watch_over()
             if not self.spec.read_only:
                 self._probe()
@@ -203,17 +202,50 @@ class Volume:
         spec = self.spec
         if self._loop is not None or self._node:
             raise VolumeFailed("an earlier attempt in this epoch was not cleaned up")
-        if stat.S_ISREG(os.stat(spec.backing).st_mode):
+        if spec.read_only or stat.S_ISREG(os.stat(spec.backing).st_mode):
             earlier = self._remembered()
             if earlier is not None:
                 self._prove_unused(earlier)
-            self._loop = loops.attach(spec.backing, spec.tag, read_only=spec.read_only)
-            self._node = self._loop.node
-            loops.remember(Path(spec.record), self._loop)
+            self._attach(read_only=spec.read_only)
         else:
             # Linux would hand out a filesystem that is still alive here a second time.
-            os.close(_open_alone(spec.backing, read_only=spec.read_only))
+            os.close(_open_alone(spec.backing))
             self._node = os.path.realpath(spec.backing)
+
+    def _attach(self, *, read_only: bool) -> None:
+        self._loop = loops.attach(self.spec.backing, self.spec.tag, read_only=read_only)
+        self._node = self._loop.node
+        loops.remember(Path(self.spec.record), self._loop)
+
+    def _detach(self) -> None:
+        """Give the loop device up again, which nothing is mounted from any more."""
+        self._prove_unused(self._node)
+        if self._loop is not None:
+            os.close(self._loop.fd)
+        if self._remembered() == self._node:
+            loops.release(self._node)
+        self._loop, self._node = None, ""
+
+    def _create(self, asked: options.Options) -> int:
+        def mount() -> int:
+            return mount_api.create(self.spec.fstype, self._node, asked.flags, asked.values, asked.attributes)
+
+        try:
+            return mount()
+        except OSError as error:
+            if error.errno != errno.EROFS or not self.spec.read_only:
+                raise
+        # An earlier epoch ended without unmounting. Unless its journal is replayed, readers miss what its
+        # clients were told is safe. The right to the device is verified, so this holder may do that; and even
+        # now it is mounted for reading only, and nobody is let in.
+        self._detach()
+        self._attach(read_only=False)
+        self._require_gate()
+        os.close(mount())
+        self._detach()
+        self._attach(read_only=True)
+        self._require_gate()
+        return mount()
 
     def _watch_over(self) -> None:
         """Be ready to shut it down: no thread has to be started, and no path be walked, for that any more."""
@@ -359,7 +391,7 @@ class Volume:
         until = time.monotonic() + _PROOF_SECONDS
         while True:
             try:
-                fd = _open_alone(node, read_only=False)
+                fd = _open_alone(node)
                 break
             except OSError as error:
                 if error.errno != errno.EBUSY:
@@ -380,15 +412,14 @@ class Volume:
             os.close(fd)
 
 
-def _open_alone(node: str, *, read_only: bool) -> int:
+def _open_alone(node: str) -> int:
     """Open a block device as its only user on this host. Raises OSError, EBUSY if it has another."""
     exclusive = os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC
-    if not read_only:
-        try:
-            return os.open(node, os.O_RDWR | exclusive)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
+    try:
+        return os.open(node, os.O_RDWR | exclusive)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
     return os.open(node, os.O_RDONLY | exclusive)
 
 

@@ -173,6 +173,7 @@ class _Seat:
         self.channel: Channel | None = None
         self.specs: dict[str, ExportSpec] = {}
         self._opened: set[str] = set()
+        self._exported: dict[str, tuple[Channel, ExportSpec]] = {}
         self._gate = gate
         self._state_dir = state_dir
         self._on_unhealthy = on_unhealthy
@@ -208,8 +209,12 @@ class _Seat:
     async def export(self, spec: ExportSpec) -> None:
         try:
             channel = await self.reach(_OPEN_SECONDS)
+            if self._exported.get(spec.name) == (channel, spec):
+                # It was asked for before, and that worker still lives.
+                return
             self.specs[spec.name] = spec
             await self._ask_export(channel, spec)
+            self._exported[spec.name] = (channel, spec)
         except ChannelError as error:
             raise ExportFailed(str(error)) from error
 
@@ -226,6 +231,7 @@ class _Seat:
         """True if the worker proved it; False if no worker has it. Raises Unproved."""
         # First of all, so that a new worker does not bring it back.
         self.specs.pop(spec.name, None)
+        self._exported.pop(spec.name, None)
         self._opened.discard(spec.name)
         channel = self.channel
         if channel is None:

@@ -1,9 +1,12 @@
-"""The NBD transmission phase: the requests of one connection, in one thread, with one buffer.
+"""The NBD transmission phase: the requests of one connection, in one thread.
 
 Every request is checked against the gate right before each system call that touches the backing. One
 that is refused gets ESHUTDOWN, and the connection is reset, because a client that sees a reset looks
-for the new path at once. Reads go from the page cache to the socket by sendfile, writes through the
+for the new path at once. Reads go from the page cache to the socket by sendfile, writes through a
 buffer, in pieces of its size, each piece with its own check.
+
+What a client has sent ahead is taken in together, and the replies of writes that came together go out
+together, before anything is done but another such write. They count as under way until then.
 
 A reply's header goes out before sendfile reads the data. If that read fails, nothing can be taken back
 and the connection is reset; from then on the export reads first and replies then, so that the client,
@@ -20,9 +23,7 @@ from collections.abc import Callable
 from leasehold.controller.nbd import protocol as nbd
 from leasehold.controller.nbd.export import Export, Refused
 from leasehold.controller.nbd.handshake import Hangup
-
-BUFFER = 256 << 10
-"""Bytes of a connection's one buffer: small enough to stay in the cache between socket and file."""
+from leasehold.controller.nbd.inbox import PIECE, Inbox
 
 _SMALL_READ = 32 << 10
 """Up to here one read and one send beat a header, a cork and a sendfile."""
@@ -70,8 +71,12 @@ class Transmission:
         self._export = export
         self._backing = export.backing
         self._structured = structured
-        self._request = memoryview(bytearray(nbd.REQUEST.size))
-        self._buffer = memoryview(bytearray(BUFFER))
+        self._inbox = Inbox(sock)
+        self._small = memoryview(bytearray(nbd.DATA_CHUNK.size + _SMALL_READ))
+        self._replies = bytearray()
+        """Not sent yet."""
+        self._inside = False
+        """Whether the export has been told that a request is under way."""
         self._payload = 0
         """Bytes of the present request that the client has still to send."""
         self._perform: dict[int, Callable[[int, int, int, int], None]] = {
@@ -83,29 +88,53 @@ class Transmission:
         }
 
     def run(self) -> None:
-        while self._receive(self._request, at_start=True):
-            magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(self._request)
+        try:
+            self._serve()
+        finally:
+            if self._inside:
+                self._export.end()
+
+    def _serve(self) -> None:
+        inbox, size = self._inbox, nbd.REQUEST.size
+        while True:
+            if inbox.ready < size:
+                self._settle()
+                if not inbox.wait(size):
+                    return
+            magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(inbox.take(size))
             if magic != nbd.REQUEST_MAGIC:
                 raise Hangup("no request")
             if command == nbd.Command.DISC:
+                self._settle()
                 return
             self._payload = length if command == nbd.Command.WRITE else 0
             if self._payload > nbd.MAX_LENGTH:
                 # It could be a hostile length; reading it off to stay in step is what it wants.
                 raise Hangup("too long a write")
+            if command != nbd.Command.WRITE or flags or inbox.ready < length:
+                self._settle()
             try:
-                self._export.begin()
-                try:
-                    self._check(flags, command, offset, length)
-                    self._perform[command](flags, cookie, offset, length)
-                finally:
-                    self._export.end()
+                if not self._inside:
+                    self._export.begin()
+                    self._inside = True
+                self._check(flags, command, offset, length)
+                self._perform[command](flags, cookie, offset, length)
             except _Failed as failure:
                 self._discard_payload()
                 self._error(cookie, failure.error)
             except Refused:
                 self._error(cookie, nbd.ESHUTDOWN)
+                self._settle()
                 raise
+
+    def _settle(self) -> None:
+        """Send the replies of what is done. Until then it counts as under way, and a withdrawal waits."""
+        if self._replies:
+            self._sock.sendall(self._replies)
+            self._replies.clear()
+        if self._inside:
+            self._inside = False
+            self._export.end()
 
     def _check(self, flags: int, command: int, offset: int, length: int) -> None:
         if flags & ~_ALLOWED_FLAGS.get(command, 0) or command not in self._perform:
@@ -147,14 +176,13 @@ class Transmission:
 
     def _read_then_reply(self, cookie: int, offset: int, length: int) -> None:
         header = self._data_header(cookie, offset, length)
-        data = self._buffer[len(header) : len(header) + length]
-        if len(data) < length:
-            data = memoryview(bytearray(length))
+        small = self._small[: len(header) + length]
+        data = small[len(header) :] if length <= _SMALL_READ else memoryview(bytearray(length))
         self._export.guard()
         self._try(lambda: self._backing.read_into(data, offset))
         if length <= _SMALL_READ:
-            self._buffer[: len(header)] = header
-            self._sock.sendall(self._buffer[: len(header) + length])
+            small[: len(header)] = header
+            self._sock.sendall(small)
         else:
             self._sock.sendall(header, socket.MSG_MORE)
             self._sock.sendall(data)
@@ -162,8 +190,7 @@ class Transmission:
     def _write(self, flags: int, cookie: int, offset: int, _length: int) -> None:
         durable = bool(flags & nbd.FUA)
         while self._payload:
-            piece = self._buffer[: min(self._payload, BUFFER)]
-            self._receive(piece)
+            piece = self._inbox.take(min(self._payload, PIECE))
             self._payload -= len(piece)
             self._export.guard()
             try:
@@ -211,11 +238,11 @@ class Transmission:
 
     def _done(self, cookie: int) -> None:
         # Only READ has to be answered in chunks once those are agreed on.
-        self._sock.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie))
+        self._replies += nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def _error(self, cookie: int, error: int) -> None:
         if not self._structured:
-            self._sock.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, cookie))
+            self._replies += nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, cookie)
             return
         text = _ERRORS.get(error, b"")
         head = nbd.ERROR_CHUNK.pack(
@@ -227,22 +254,8 @@ class Transmission:
             error,
             len(text),
         )
-        self._sock.sendall(head + text)
+        self._replies += head + text
 
     def _discard_payload(self) -> None:
         while self._payload:
-            piece = self._buffer[: min(self._payload, BUFFER)]
-            self._receive(piece)
-            self._payload -= len(piece)
-
-    def _receive(self, view: memoryview, *, at_start: bool = False) -> bool:
-        """Fill `view`. False if the client left, which it may do between requests only."""
-        got = 0
-        while got < len(view):
-            count = self._sock.recv_into(view[got:], 0, socket.MSG_WAITALL)
-            if count == 0:
-                if at_start and got == 0:
-                    return False
-                raise Hangup("the client left in the middle of a request")
-            got += count
-        return True
+            self._payload -= len(self._inbox.take(min(self._payload, PIECE)))

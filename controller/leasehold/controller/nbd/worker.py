@@ -15,6 +15,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -252,11 +253,18 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.stack_size(_STACK)
+    _raise_descriptor_limit()
     # The descriptor is never closed: the lock lasts until the process ends.
     hold_lock(Path(config.state_dir), config.index)
     for fd in (config.listen_fd, config.control_fd):
         os.set_inheritable(fd, False)
     Worker(config).run()
+
+
+def _raise_descriptor_limit() -> None:
+    """To what the system permits: by default it is 1,024, and each device and each client takes one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _die_with_parent(parent: int) -> None:

@@ -1,0 +1,175 @@
+"""Section 5: the NBD server beside others."""
+
+import asyncio
+import shutil
+import statistics
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.chart import Chart, Group
+from bench.figures import Figure, Section, Target
+from bench.nbd_peers import serving
+from bench.plan import Plan
+from leasehold.client import connect
+from leasehold.client.dev import DevCluster
+
+OURS = "leasehold"
+_MEMORY = Path("/dev/shm")
+_PATIENCE = 120.0
+_PATTERN = bytes(range(1, 256)) * 4112
+"""About 1 MiB without a run of zeroes, which clients would not send as data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    write: bool
+    request: int
+    connections: int
+
+    @property
+    def name(self) -> str:
+        plural = "s" if self.connections > 1 else ""
+        return (
+            f"{'writing' if self.write else 'reading'}, {self.request >> 10} KiB,"
+            f" {self.connections} connection{plural}"
+        )
+
+    @property
+    def target(self) -> Target | None:
+        if self.request < 256 << 10:
+            return None
+        return Target(0.7 if self.write else 0.9, at_most=False, of_ratio=True)
+
+    def command(self, source: Path, uri: str) -> list[str]:
+        """nbdcopy that sends all of it as data, whatever it looks like."""
+        options = [
+            *("nbdcopy", "--no-extents", "--sparse=0", f"--connections={self.connections}"),
+            f"--request-size={self.request}",
+        ]
+        return [*options, str(source), uri] if self.write else [*options, uri, "null:"]
+
+
+CASES = tuple(
+    Case(write, size << 10, connections)
+    for write in (False, True)
+    for size in (1024, 256, 64)
+    for connections in (1, 4)
+)
+
+
+def place(size: int) -> Path:
+    """Where to put images: in memory if there is room, because a disk's own mood is not what is measured."""
+    try:
+        if shutil.disk_usage(_MEMORY).free > 3 * size:
+            return _MEMORY
+    except OSError:
+        # Not every system has it.
+        pass
+    return Path(tempfile.gettempdir())
+
+
+async def measure(plan: Plan, say: Callable[[str], None]) -> list[Section]:
+    section = Section(
+        "datapath",
+        "5. The data path",
+        f"`nbdcopy` reads and writes an image of {plan.size >> 20} MiB over TCP, all of it in the page cache,"
+        " by turns through each server on the same file. The ratio is to the better of the others.",
+    )
+    if shutil.which("nbdcopy") is None:
+        section.gaps.append("The data path was not measured: nbdcopy is not installed.")
+        return [section]
+    rounds: dict[tuple[Case, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="leasehold-bench-", dir=place(plan.size)) as directory:
+        source = Path(directory) / "source"
+        with source.open("wb") as file:
+            while (left := plan.size - file.tell()) > 0:
+                file.write(_PATTERN[:left])
+        cluster = DevCluster(
+            Path(directory) / "cluster",
+            devices=1,
+            size=plan.size,
+            ttl=30,
+            coordinators=1,
+            controllers=("a",),
+            say=say,
+        )
+        with cluster, serving(cluster.device_image("disk-1")) as (uris, gaps):
+            section.gaps += gaps
+            async with connect(*cluster.endpoints) as leasehold, leasehold.access("disk-1") as access:
+                uris[OURS] = access.path
+                await _rounds(plan, source, uris, rounds, say)
+    _fill(section, rounds, [name for name in uris if name != OURS])
+    return [section]
+
+
+async def _rounds(
+    plan: Plan,
+    source: Path,
+    uris: dict[str, str],
+    rounds: dict[tuple[Case, str], list[float]],
+    say: Callable[[str], None],
+) -> None:
+    names = list(uris)
+    # What was never written is a hole, and reading one is another thing.
+    await _seconds(Case(True, 1 << 20, 1).command(source, uris[OURS]))
+    for number in range(plan.rounds):
+        say(f"round {number + 1} of {plan.rounds}: reading and writing")
+        turn = number % len(names)
+        for case in CASES:
+            for name in names[turn:] + names[:turn]:
+                seconds = await _seconds(case.command(source, uris[name]))
+                rounds[case, name].append(plan.size / seconds / 1e9)
+
+
+async def _seconds(command: list[str]) -> float:
+    before = time.perf_counter()
+    # Not subprocess: with a time-out that one looks every 50 ms.
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL)
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            code = await process.wait()
+    except TimeoutError:
+        process.kill()
+        raise
+    seconds = time.perf_counter() - before
+    if code != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}")
+    return seconds
+
+
+def _fill(section: Section, rounds: dict[tuple[Case, str], list[float]], peers: list[str]) -> None:
+    groups: dict[bool, list[Group]] = {False: [], True: []}
+    for case in CASES:
+        best = max((statistics.median(rounds[case, name]) for name in peers), default=None)
+        ours = Figure.of(
+            case.name,
+            rounds[case, OURS],
+            "GB/s",
+            base=best,
+            to="the better peer",
+            target=case.target if best else None,
+        )
+        section.figures.append(ours)
+        bars = [ours.bar(OURS)]
+        for name in peers:
+            peer = Figure.of(f"{case.name}, {name}", rounds[case, name], "GB/s")
+            section.figures.append(peer)
+            bars.append(peer.bar(name, "peer"))
+        limit = case.target.limit * best if case.target and best else None
+        label = case.name.split(", ", 1)[1]
+        groups[case.write].append(Group(label, tuple(bars), limit))
+    for write, name, verb in ((False, "reading", "Reading"), (True, "writing", "Writing")):
+        section.charts.append(
+            Chart(
+                name,
+                f"{verb} through NBD",
+                "GB/s on one file in the page cache; longer is better; the red lines are the targets",
+                "GB/s",
+                tuple(groups[write]),
+            )
+        )
