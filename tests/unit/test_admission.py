@@ -1,5 +1,6 @@
 """How much a coordinator takes on: its limits as configured, and who is let in."""
 
+import asyncio
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -41,16 +42,16 @@ def queued(*names: str, device: DeviceId = DISK) -> Cluster:
     return cluster
 
 
-def refusal(admission: Admission, device: DeviceId = DISK) -> Exhausted:
-    with pytest.raises(Exhausted) as raised, admission.request(device):
-        pass
+async def refusal(admission: Admission, device: DeviceId = DISK) -> Exhausted:
+    with pytest.raises(Exhausted) as raised:
+        await let_in(admission, device)
     assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert raised.value.metadata["limit"] in raised.value.message
     return raised.value
 
 
-def let_in(admission: Admission, device: DeviceId = DISK) -> None:
-    with admission.request(device):
+async def let_in(admission: Admission, device: DeviceId = DISK) -> None:
+    async with admission.request(device):
         pass
 
 
@@ -80,6 +81,7 @@ def test_limits_are_read_and_the_rest_are_the_defaults(tmp_path: Path) -> None:
         ("stall_seconds = 0", "stall_seconds is 0"),
         ("admissions = 1.5", "expected int"),
         ("queue = 11\nrequests = 10", "queue <= requests does not hold: 11 > 10"),
+        ("admissions = 9\narrivals = 8", "admissions <= arrivals does not hold: 9 > 8"),
         ("streams = 9\nstreams_per_connection = 10", "streams_per_connection <= streams does not hold"),
         ("message_bytes = 1000", "message_bytes <= 1048576 does not hold: it is 1000"),
         ("message_bytes = 1048577", "message_bytes <= 1048576 does not hold"),
@@ -101,72 +103,90 @@ def test_what_is_refused_with_a_reason_is_refused_before_calls_wait_unseen() -> 
 # Let in.
 
 
-def test_a_full_queue_takes_no_more_and_another_does() -> None:
+async def test_a_full_queue_takes_no_more_and_another_does() -> None:
     admission = Admission(Limits(queue=2), queued("q1", "q2"), Clock())
-    error = refusal(admission)
+    error = await refusal(admission)
     assert error.reason == "QUEUE_FULL"
     assert error.metadata["device"] == DISK
-    let_in(admission, OTHER)
+    await let_in(admission, OTHER)
 
 
-def test_what_is_being_written_counts_as_if_it_stood() -> None:
+async def test_what_is_being_written_counts_as_if_it_stood() -> None:
     admission = Admission(Limits(queue=2), queued("q1"), Clock())
-    with admission.request(DISK):
-        assert refusal(admission).reason == "QUEUE_FULL"
-    let_in(admission)
+    async with admission.request(DISK):
+        assert (await refusal(admission)).reason == "QUEUE_FULL"
+    await let_in(admission)
 
 
-def test_the_cluster_takes_so_many_requests() -> None:
+async def test_the_cluster_takes_so_many_requests() -> None:
     admission = Admission(Limits(requests=3, queue=3), queued("q1", "q2"), Clock())
-    with admission.request(OTHER):
-        assert refusal(admission, OTHER).reason == "TOO_MANY_REQUESTS"
-    let_in(admission, OTHER)
+    async with admission.request(OTHER):
+        assert (await refusal(admission, OTHER)).reason == "TOO_MANY_REQUESTS"
+    await let_in(admission, OTHER)
 
 
-def test_so_many_are_written_at_one_moment() -> None:
-    admission = Admission(Limits(admissions=2), queued(), Clock())
-    with admission.request(DISK), admission.request(OTHER):
-        assert refusal(admission).reason == "TOO_MANY_AT_ONCE"
-    let_in(admission)
+async def test_so_many_are_written_at_one_moment_and_so_many_more_wait_their_turn() -> None:
+    admission = Admission(Limits(admissions=1, arrivals=3), queued(), Clock())
+    let, turns = asyncio.Event(), []
+
+    async def write(name: str) -> None:
+        async with admission.request(DISK):
+            turns.append(name)
+            await let.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for name in ("first", "second"):
+            group.create_task(write(name))
+        leaving = group.create_task(write("third"))
+        await asyncio.sleep(0)
+        assert (await refusal(admission, OTHER)).reason == "TOO_MANY_AT_ONCE"
+        assert turns == ["first"]
+        # Whoever waits and leaves makes room.
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        group.create_task(write("fourth"))
+        let.set()
+    assert turns == ["first", "second", "fourth"]
 
 
-def test_a_request_that_failed_makes_room() -> None:
-    admission = Admission(Limits(admissions=1), queued(), Clock())
-    with pytest.raises(ZeroDivisionError), admission.request(DISK):
-        raise ZeroDivisionError
-    let_in(admission)
+async def test_a_request_that_failed_makes_room() -> None:
+    admission = Admission(Limits(admissions=1, arrivals=1), queued(), Clock())
+    with pytest.raises(ZeroDivisionError):
+        async with admission.request(DISK):
+            raise ZeroDivisionError
+    await let_in(admission)
 
 
-def test_a_rush_is_taken_up_to_the_burst_and_then_at_the_rate() -> None:
+async def test_a_rush_is_taken_up_to_the_burst_and_then_at_the_rate() -> None:
     clock = Clock()
     admission = Admission(Limits(rate=10, burst=3), queued(), clock)
     for _ in range(3):
-        let_in(admission)
-    assert refusal(admission).reason == "TOO_FAST"
+        await let_in(admission)
+    assert (await refusal(admission)).reason == "TOO_FAST"
     clock.now += 0.11
-    let_in(admission)
-    assert refusal(admission).reason == "TOO_FAST"
+    await let_in(admission)
+    assert (await refusal(admission)).reason == "TOO_FAST"
     clock.now += 60
     for _ in range(3):
-        let_in(admission)
-    assert refusal(admission).reason == "TOO_FAST"
+        await let_in(admission)
+    assert (await refusal(admission)).reason == "TOO_FAST"
 
 
-def test_the_more_are_turned_away_the_later_they_are_to_come_again() -> None:
+async def test_the_more_are_turned_away_the_later_they_are_to_come_again() -> None:
     clock = Clock()
     admission = Admission(Limits(rate=10, burst=1), queued(), clock)
-    let_in(admission)
-    told = [refusal(admission).retry_after for _ in range(1000)]
+    await let_in(admission)
+    told = [(await refusal(admission)).retry_after for _ in range(1000)]
     assert told == sorted(told)
     assert told[100] - told[0] == pytest.approx(100 / 10), "at the rate at which they are taken"
     assert told[-1] == LATEST
     clock.now += 120
-    let_in(admission)
-    assert refusal(admission).retry_after == pytest.approx(told[0])
+    await let_in(admission)
+    assert (await refusal(admission)).retry_after == pytest.approx(told[0])
 
 
-def test_who_is_refused_is_told_when_to_come_again() -> None:
-    error = refusal(Admission(Limits(queue=1), queued("q1"), Clock()))
+async def test_who_is_refused_is_told_when_to_come_again() -> None:
+    error = await refusal(Admission(Limits(queue=1), queued("q1"), Clock()))
     info, retry = error.details()
     assert isinstance(info, error_details_pb2.ErrorInfo)
     assert (info.reason, info.domain, info.metadata["limit"]) == ("QUEUE_FULL", "leasehold", "queue")

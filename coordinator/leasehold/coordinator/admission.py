@@ -1,17 +1,18 @@
 """Who is let in. New requests are bounded in number, at one moment and per second; nothing else is.
 
-What keeps an access alive or ends it, and what controllers write, must not wait behind requests. So nothing
-waits here: a request that is too much is refused at once, which costs next to nothing, and told when to come
-again. The more were refused lately, the later: they come back at the rate at which they are taken, and the
-queue that there is not in the coordinator stands in its clients.
+What keeps an access alive or ends it, and what controllers write, must not wait behind requests. So few of
+them are written at one moment, few more wait for that, and one that is too much is refused at once, which
+costs next to nothing, and told when to come again. The more were refused lately, the later: they come back at
+the rate at which they are taken, and the queue that there is not in the coordinator stands in its clients.
 
 The counts are this coordinator's and its mirror's. Several coordinators may together exceed those of the
 cluster by what each of them is writing at the same moment.
 """
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.limits import RETURNING, Limits
@@ -21,7 +22,7 @@ from leasehold.store.records import DeviceId
 SOON = 0.1
 """Seconds; a rate makes room all the time."""
 SHORTLY = 0.5
-"""Seconds after which a place among those that are being written is likely to be free."""
+"""Seconds after which some of those that are under way have been written."""
 LATER = 2.0
 """Seconds after which it is worth asking whether a queue has become shorter."""
 LATEST = 30.0
@@ -56,33 +57,41 @@ class Admission:
         self._cluster = cluster
         self._taken = Leak(limits.rate, clock)
         self._refused = Leak(limits.rate, clock)
-        self._writing: Counter[DeviceId] = Counter()
+        self._arrived: Counter[DeviceId] = Counter()
+        self._writing = asyncio.Semaphore(limits.admissions)
         self._streams: Counter[str] = Counter()
 
-    @contextmanager
-    def request(self, device: DeviceId) -> Iterator[None]:
-        """A new request for `device` is being written while this is entered. Raises `Exhausted`."""
-        limits, writing = self.limits, self._writing.total()
-        if len(self._cluster.clients) + writing >= limits.requests:
+    @asynccontextmanager
+    async def request(self, device: DeviceId) -> AsyncIterator[None]:
+        """Wait for its turn; a new request for `device` is being written while this is entered.
+
+        Raises `Exhausted`, and then at once.
+        """
+        self._check_request(device)
+        self._taken.add()
+        self._arrived[device] += 1
+        try:
+            async with self._writing:
+                yield
+        finally:
+            self._arrived[device] -= 1
+            if not self._arrived[device]:
+                del self._arrived[device]
+
+    def _check_request(self, device: DeviceId) -> None:
+        limits, arrived = self.limits, self._arrived.total()
+        if len(self._cluster.clients) + arrived >= limits.requests:
             raise self._exhausted(
                 "TOO_MANY_REQUESTS", "requests that stand in the cluster", "requests", LATER
             )
-        if self._cluster.waiting(device) + self._writing[device] >= limits.queue:
+        if self._cluster.waiting(device) + self._arrived[device] >= limits.queue:
             raise self._exhausted(
                 "QUEUE_FULL", f"requests that wait for device {device}", "queue", LATER, device=device
             )
-        if writing >= limits.admissions:
-            raise self._exhausted("TOO_MANY_AT_ONCE", "new requests at one moment", "admissions", SHORTLY)
+        if arrived >= limits.arrivals:
+            raise self._exhausted("TOO_MANY_AT_ONCE", "new requests at one moment", "arrivals", SHORTLY)
         if self._taken.level + 1 > limits.burst:
             raise self._exhausted("TOO_FAST", "new requests per second", "rate", SOON)
-        self._taken.add()
-        self._writing[device] += 1
-        try:
-            yield
-        finally:
-            self._writing[device] -= 1
-            if not self._writing[device]:
-                del self._writing[device]
 
     @contextmanager
     def stream(self, peer: str) -> Iterator[None]:

@@ -98,7 +98,7 @@ class Desk:
             yield _the_same(request, stands)
             return
         with ExitStack() as kept:
-            with self._admission.request(request.device):
+            async with self._admission.request(request.device):
                 lease = await self._leases.take()
                 kept.callback(self._leases.leave, lease)
                 stands = await self._submit(replace(request, access_lease=lease_id(lease.id)))

@@ -25,8 +25,11 @@ class Limits:
     """Requests that wait or are granted, in the whole cluster."""
     queue: int = 256
     """Requests that wait for one device. Each of them looks again when something about it changes."""
-    admissions: int = 64
-    """New requests that this coordinator is writing to etcd at one moment."""
+    arrivals: int = 128
+    """New requests that are under way at one moment in this coordinator."""
+    admissions: int = 16
+    """Of them, those that are being written to etcd; the others wait their turn. What is to be quick, a
+    renewal say, finds at most so many before it."""
     rate: float = 200.0
     """New requests that it takes per second, on average."""
     burst: int = 400
@@ -45,7 +48,11 @@ class Limits:
             value = getattr(self, item.name)
             if not 0 < value < 1 << 31:
                 raise ValueError(f"{item.name} is {value:g}: it has to be more than 0, and less than 2^31")
-        for less, more in (("queue", "requests"), ("streams_per_connection", "streams")):
+        for less, more in (
+            ("queue", "requests"),
+            ("admissions", "arrivals"),
+            ("streams_per_connection", "streams"),
+        ):
             if getattr(self, less) > getattr(self, more):
                 raise ValueError(
                     f"{less} <= {more} does not hold: {getattr(self, less)} > {getattr(self, more)}"
