@@ -441,3 +441,14 @@ def test_row_17_a_third_takes_over(cluster: DevCluster, leasehold: sync.Leasehol
         finally:
             cluster.restart("a")
             cluster.restart("b")
+
+
+def test_row_19_the_coordinator_makes_the_path_of_a_template(leasehold: sync.Leasehold, disk: str) -> None:
+    template = "{path}?of={device}.{epoch}"
+    leasehold.update_device(disk, "nbd", parameters(leasehold, disk), ttl=5, path_template=template)
+    for name in ("a", "b"):
+        with leasehold.access(disk, controller=name) as access:
+            holder = leasehold.device(disk).holder
+            assert access.path == f"{holder.path}?of={disk}.{access.epoch}"
+            write(access.path)
+            assert read(access.path) == DATA
