@@ -138,6 +138,8 @@ async def streaming(
     back: so a client that does not read costs one message here, and otherwise its own memory.
     """
     try:
+        # Not with the first message: were that given up, gRPC could not send a status any more.
+        await context.send_initial_metadata(())
         async with aclosing(events):
             async for event in events:
                 await _send(context, event, stall)
