@@ -17,7 +17,7 @@ from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.errors import Unavailable
 from leasehold.store.kv import KeyValue, get
-from leasehold.store.records import Holder
+from leasehold.store.records import DeviceId, Epoch, Holder
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +44,12 @@ async def watch_health(agent: Agent) -> None:
 
 async def watch_records(agent: Agent, context: Context) -> None:
     """Compare the records of what is served, for ever. A difference is only looked into, by the agent."""
+    borne_out: dict[DeviceId, tuple[Epoch, int]] = {}
     while True:
         await asyncio.sleep(RECORDS_ROUND + RECORDS_ROUND_PER_DEVICE * len(agent.holds))
         serving = _serving(agent)
+        # Nearly all of them are as they were the last time, and need not be read again to know that.
+        before, borne_out = borne_out, {}
         for first in range(0, len(serving), RECORDS_AT_ONCE):
             some = serving[first : first + RECORDS_AT_ONCE]
             reads = (get(context.keys.holder(hold.device)) for hold in some)
@@ -56,7 +59,10 @@ async def watch_records(agent: Agent, context: Context) -> None:
                 _log.warning("the records of what is served can not be looked at: %s", error)
                 break
             for hold, found in zip(some, ranges, strict=True):
-                if not _bears_out(hold, found):
+                stands = (hold.epoch, found[0].mod_revision if found else 0)
+                if before.get(hold.device) == stands or _bears_out(hold, found):
+                    borne_out[hold.device] = stands
+                else:
                     agent.worker.wake(hold.device)
 
 
