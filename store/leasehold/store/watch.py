@@ -27,7 +27,7 @@ from leasehold.store.kv import KeyValue, Kv, Snapshot, encode_key, from_proto, g
 
 WATCH = Method("/etcdserverpb.Watch/Watch", watch_pb2.WatchRequest, watch_pb2.WatchResponse)
 
-QUIET = 1.0
+QUIET = 2.0
 """Seconds without a reply after which the server is asked for a sign of life."""
 
 SILENT = 1.0
