@@ -162,13 +162,13 @@ class Relay(grpc.GenericRpcHandler):
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
         last = ""
         for upstream in self._order():
-            stub: Stub = upstream.channel.unary_unary(method)
-            call = stub(
-                request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
-            )
             try:
                 with upstream.call() as cut:
-                    answer: bytes = await answered(call, cut)
+                    call = _begun(upstream.channel.unary_unary(method), request, context)
+                    try:
+                        answer: bytes = await answered(call, cut)
+                    finally:
+                        call.cancel()
             except CutOff as error:
                 last = str(error)
             except grpc.aio.AioRpcError as error:
@@ -178,8 +178,6 @@ class Relay(grpc.GenericRpcHandler):
             else:
                 context.set_trailing_metadata(_passed(await call.trailing_metadata()))
                 return answer
-            finally:
-                call.cancel()
             _log.warning("no answer to %s: %s", method, last)
         await _nobody(last).abort(context)
         raise AssertionError("abort returned")
@@ -187,16 +185,17 @@ class Relay(grpc.GenericRpcHandler):
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         last = ""
         for upstream in self._order():
-            stub: Stub = upstream.channel.unary_stream(method)
-            call = stub(
-                request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
-            )
             begun = False
             try:
                 with upstream.call() as cut:
-                    while (answer := await answered(call.read(), cut)) is not grpc.aio.EOF:
-                        begun = True
-                        yield answer
+                    call = _begun(upstream.channel.unary_stream(method), request, context)
+                    try:
+                        while (answer := await answered(call.read(), cut)) is not grpc.aio.EOF:
+                            begun = True
+                            yield answer
+                    finally:
+                        # The client may have gone in the middle.
+                        call.cancel()
                 return
             except CutOff as error:
                 last = str(error)
@@ -206,11 +205,12 @@ class Relay(grpc.GenericRpcHandler):
                 if begun or not _unanswered(error):
                     await _abort(context, error)
                 last = self._told(upstream.endpoint, error)
-            finally:
-                # The client may have gone in the middle.
-                call.cancel()
             _log.warning("no answer to %s: %s", method, last)
         await _nobody(last).abort(context)
+
+
+def _begun(stub: Stub, request: bytes, context: Any) -> Any:
+    return stub(request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata()))
 
 
 def _passed(metadata: Any) -> tuple[tuple[str, str | bytes], ...]:

@@ -50,7 +50,9 @@ class Upstream:
 
     @contextmanager
     def call(self) -> "Generator[asyncio.Future[str]]":
-        """Count a call as under way; the future by which it is cut, for `answered`."""
+        """Count a call as under way; the future by which it is cut, for `answered`. Raises CutOff."""
+        if self._cut.done():
+            raise CutOff(self._cut.result())
         self._calls += 1
         self._busy.set()
         self._idle.clear()
@@ -66,25 +68,30 @@ class Upstream:
         """Cut every call, and close the channel once they are over. The coordinator is registered no more."""
         self._beating.cancel()
         await asyncio.wait({self._beating})
-        self._cut_all("is registered no more")
+        self._cut.set_result(self._told("is registered no more"))
         await self._idle.wait()
         await self.channel.close()
 
     def _cut_all(self, why: str) -> None:
         cut, self._cut = self._cut, asyncio.get_running_loop().create_future()
-        cut.set_result(f"coordinator {self.endpoint} {why}: ask again with the same id")
+        cut.set_result(self._told(why))
+
+    def _told(self, why: str) -> str:
+        return f"coordinator {self.endpoint} {why}: ask again with the same id"
 
     async def _beat(self) -> None:
         check: Any = self.channel.unary_unary(_HEALTH)
         while True:
-            await self._busy.wait()
+            if not self.silent:
+                await self._busy.wait()
             await asyncio.sleep(BEAT)
             if await _alive(check(b"", timeout=PATIENCE)):
                 self.silent = False
-            elif not self.silent:
-                self.silent = True
+                continue
+            if not self.silent:
                 _log.warning("coordinator %s does not answer; its calls go elsewhere", self.endpoint)
-                self._cut_all("does not answer")
+            self.silent = True
+            self._cut_all("does not answer")
 
 
 async def _alive(check: Awaitable[bytes]) -> bool:
@@ -98,8 +105,6 @@ async def _alive(check: Awaitable[bytes]) -> bool:
 
 async def answered(answer: Awaitable[T], cut: "asyncio.Future[str]") -> T:
     """What `answer` brings. Raises CutOff if `cut` comes first."""
-    if cut.done():
-        raise CutOff(cut.result())
     coming = asyncio.ensure_future(answer)
     try:
         await asyncio.wait((coming, cut), return_when=asyncio.FIRST_COMPLETED)

@@ -327,7 +327,7 @@ class LeaseKeeper:
         while returned:
             old = returned.pop()
             sent = old.deadline + margin_ns(ttl) - ttl * NANOSECONDS
-            if old.alive and self.clock() - sent < ttl * NANOSECONDS // 2:
+            if old.alive and old.id not in self._leases and self.clock() - sent < ttl * NANOSECONDS // 2:
                 # Another object, so that whoever had the old one has no part in it.
                 return self._keep(Lease(self, old.id, ttl, old.deadline), sent + _interval(ttl))
         return None
@@ -427,7 +427,7 @@ class LeaseKeeper:
             # keys may not be written. It answers in order, so that is the oldest: the others go before it.
             if exchange.pending:
                 lease, _ = exchange.pending.pop(next(iter(exchange.pending)))
-                self._schedule(lease, now + _interval(lease.ttl, least=1.0))
+                self._schedule(self._leases.get(lease.id, lease), now + _interval(lease.ttl, least=1.0))
             raise
         finally:
             exchange.stream.cancel()
@@ -435,7 +435,8 @@ class LeaseKeeper:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for lease, _ in exchange.pending.values():
-                self._schedule(lease, now)
+                # Whoever has it now: it may have been given back, and handed out again, meanwhile.
+                self._schedule(self._leases.get(lease.id, lease), now)
 
     async def _send(self, exchange: _Exchange) -> None:
         while True:
