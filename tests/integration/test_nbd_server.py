@@ -29,7 +29,7 @@ from leasehold.controller.driver import (
     FenceKind,
     NotProved,
 )
-from leasehold.controller.drivers import UnknownDriver, installed, load
+from leasehold.controller.drivers import driver_factories
 from leasehold.controller.drivers.nbd import NbdDriver
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd import pool as pool_module
@@ -38,6 +38,7 @@ from leasehold.controller.nbd.child import Child
 from leasehold.controller.nbd.locks import hold_lock, lock_path
 from leasehold.controller.nbd.pool import ExportSpec
 from leasehold.controller.nbd.recovery import WorkerAlive, prove_workers_gone
+from leasehold.runtime.config import ConfigError
 
 SIZE = 8 << 20
 SECOND = 10**9
@@ -599,13 +600,12 @@ async def test_probe(site: Site) -> None:
 
 
 async def test_the_entry_point(site: Site) -> None:
-    assert "nbd" in installed()
     context = site.driver._context
-    driver = load("nbd", context)
+    driver = driver_factories(("nbd",))["nbd"](context)
     assert isinstance(driver, Driver)
     assert driver.fence_kind is FenceKind.GATE
-    with pytest.raises(UnknownDriver, match="no driver 'floppy'"):
-        load("floppy", context)
+    with pytest.raises(ConfigError, match=r"floppy not installed; there are .*nbd"):
+        driver_factories(("nbd", "floppy"))
 
 
 async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:

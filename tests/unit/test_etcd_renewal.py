@@ -349,6 +349,40 @@ async def test_a_lease_forgotten_in_flight_and_adopted_anew_is_renewed(
     assert await extension(successor) == clock.now + TTL * SECOND - MARGIN
 
 
+async def test_a_lease_handed_out_again_is_renewed_although_the_stream_broke_meanwhile(
+    service: LeaseService, keeper: LeaseKeeper, clock: Clock
+) -> None:
+    asked, broken = asyncio.Event(), asyncio.Event()
+
+    async def break_once(stream: int, _lease: int, context: Any) -> int:
+        if stream == 1:
+            asked.set()
+            await broken.wait()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "etcdserver: leader changed")
+        return TTL
+
+    service.renew = break_once
+    lease = await keeper.grant(TTL)
+    clock.now += 3 * SECOND
+    async with asyncio.timeout(5):
+        await asked.wait()
+    keeper.give_back(lease)
+    again = await keeper.spare(TTL)
+    assert again.id == lease.id
+    broken.set()
+    assert await extension(again) == clock.now + TTL * SECOND - MARGIN
+
+
+async def test_a_lease_that_was_adopted_meanwhile_is_not_handed_out(
+    service: LeaseService, keeper: LeaseKeeper
+) -> None:
+    lease = await keeper.grant(TTL)
+    keeper.give_back(lease)
+    adopted = await keeper.adopt(lease.id, TTL)
+    assert adopted.id == lease.id
+    assert (await keeper.spare(TTL)).id != lease.id
+
+
 async def test_a_callback_that_fails_ends_the_belief_in_every_lease(
     service: LeaseService, keeper: LeaseKeeper, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

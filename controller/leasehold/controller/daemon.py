@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from typing import Any
 
 from leasehold.controller.agent import Agent
@@ -21,7 +21,8 @@ from leasehold.controller.checks import SERVICE, CheckService
 from leasehold.controller.config import ControllerConfig
 from leasehold.controller.contest import Contest
 from leasehold.controller.context import Context
-from leasehold.controller.driver import ENTRY_POINTS, Driver, DriverContext
+from leasehold.controller.driver import Driver, DriverContext
+from leasehold.controller.drivers import DriverFactory, driver_factories
 from leasehold.controller.gate import Gate
 from leasehold.controller.health import watch_health, watch_records
 from leasehold.controller.journal import Journal
@@ -47,18 +48,7 @@ _ANNOUNCING = 1.0
 _CLOSING = 6.0
 """Seconds of the time to stop that are kept for what comes after the devices."""
 
-DriverFactory = Callable[[DriverContext], Driver]
 Trace = Callable[[str, DeviceId, Epoch], None]
-
-
-def driver_factories(names: tuple[str, ...]) -> dict[str, DriverFactory]:
-    """The drivers of these names. Raises ConfigError for one that is not installed."""
-    installed = {item.name: item for item in entry_points(group=ENTRY_POINTS)}
-    missing = [name for name in names if name not in installed]
-    if missing:
-        there = ", ".join(sorted(installed)) or "none"
-        raise ConfigError(f"drivers: {', '.join(missing)} not installed; there are {there}")
-    return {name: installed[name].load() for name in names}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from leasehold.runtime.api import ApiError, answering, streaming
 from leasehold.store import requests
 from leasehold.store.errors import LeaseNotFound
 from leasehold.store.leases import Lease
-from leasehold.store.records import AccessRequest, ControllerId, RequestId, RequestState, check_id
+from leasehold.store.records import AccessRequest, Holder, RequestId, RequestState, check_id
 from leasehold.store.transaction import Applied
 from leasehold.v1 import access_pb2, access_pb2_grpc
 
@@ -110,9 +110,10 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
     async def GetAccess(self, request: access_pb2.GetAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.GetAccessResponse:
-            status = await self._status(_id(request.request_id))
-            if request.confirm and status.HasField("access"):
-                await self._confirm(status)
+            stored, view = await self._reader.request(_id(request.request_id))
+            status = access_status(view, stored, self._leases.ttl)
+            if request.confirm and status.HasField("access") and view.state.holder:
+                await self._confirm(status, view.state.holder.value)
             return access_pb2.GetAccessResponse(status=status)
 
         return await answering(context, handle)
@@ -178,13 +179,14 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         stored, view = await self._reader.request(request)
         return access_status(view, stored, self._leases.ttl)
 
-    async def _confirm(self, status: access_pb2.AccessStatus) -> None:
-        """Take the access out of `status` if its controller does not answer."""
-        name = ControllerId(status.access.controller)
-        registered = self._cluster.controllers.get(name)
-        absence = (
-            f"{name} is not registered" if registered is None else await self._peers.absence(registered.value)
-        )
+    async def _confirm(self, status: access_pb2.AccessStatus, holder: Holder) -> None:
+        """Take the access out of `status` if the controller that gave it does not answer any more."""
+        registered = self._cluster.controllers.get(holder.controller)
+        if registered is None or registered.value.session_lease != holder.session_lease:
+            # One that was started again answers, and knows nothing of the path.
+            absence = f"the session of {holder.controller} is gone"
+        else:
+            absence = await self._peers.absence(registered.value)
         if absence:
             status.ClearField("access")
             status.reason = absence

@@ -110,15 +110,17 @@ class Admission:
         limits, times = self.limits, RETURNING if stands else 1
         if self._streams[peer] > times * limits.streams_per_connection:
             raise self._exhausted(
-                "TOO_MANY_STREAMS", "streams on one connection", "streams_per_connection", LATER
+                "TOO_MANY_STREAMS", "streams on one connection", "streams_per_connection", LATER, times
             )
         if self._streams.total() > times * limits.streams:
-            raise self._exhausted("TOO_MANY_STREAMS", "streams", "streams", LATER)
+            raise self._exhausted("TOO_MANY_STREAMS", "streams", "streams", LATER, times)
 
-    def _exhausted(self, reason: str, what: str, limit: str, soonest: float, **about: str) -> Exhausted:
+    def _exhausted(
+        self, reason: str, what: str, limit: str, soonest: float, times: int = 1, **about: str
+    ) -> Exhausted:
         retry_after = min(soonest + self._refused.level / self.limits.rate, LATEST)
         self._refused.add()
-        value = getattr(self.limits, limit)
+        value = times * getattr(self.limits, limit)
         message = (
             f"this coordinator takes {value:g} {what} and no more: ask again with the same id in"
             f" {retry_after:.1f} s; see limits.{limit}"

@@ -220,8 +220,8 @@ class Revoked(google.protobuf.message.Message):
     reason: builtins.str
     """Why, in a sentence."""
     grace_seconds: builtins.int
-    """I/O under way has so long to finish, in seconds, and new I/O is refused from now on; 0 means the path is
-    dead already.
+    """I/O under way has so long to finish at most, in seconds from the beginning of the withdrawal, and new I/O is
+    refused; 0 means the path is dead already.
     """
     def __init__(
         self,

@@ -1,26 +1,19 @@
 """The drivers that come with the controller, and how installed ones are found."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from leasehold.controller.driver import ENTRY_POINTS, Driver, DriverContext
+from leasehold.runtime.config import ConfigError
+
+DriverFactory = Callable[[DriverContext], Driver]
 
 
-class UnknownDriver(Exception):
-    """No driver of this name is installed."""
-
-
-def installed() -> list[str]:
-    """The names of all drivers that are installed here, in order."""
-    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
-
-
-def load(name: str, context: DriverContext) -> Driver:
-    """Make the driver `name`. Raises UnknownDriver, and TypeError if what is installed is no driver."""
-    for point in entry_points(group=ENTRY_POINTS, name=name):
-        driver = point.load()(context)
-        if not isinstance(driver, Driver):
-            raise TypeError(f"{point.value} is no driver")
-        return driver
-    raise UnknownDriver(f"no driver {name!r} is installed; there are: {', '.join(installed())}")
+def driver_factories(names: tuple[str, ...]) -> dict[str, DriverFactory]:
+    """The drivers of these names. Raises ConfigError for one that is not installed."""
+    installed = {item.name: item for item in entry_points(group=ENTRY_POINTS)}
+    missing = [name for name in names if name not in installed]
+    if missing:
+        there = ", ".join(sorted(installed)) or "none"
+        raise ConfigError(f"drivers: {', '.join(missing)} not installed; there are {there}")
+    return {name: installed[name].load() for name in names}
