@@ -77,6 +77,7 @@ class Storage:
 class FakeDriver:
     name = "nbd"
     fence_kind = FenceKind.GATE
+    writes_to_activate = True
 
     def __init__(self, who: str, storage: Storage, context: DriverContext) -> None:
         self.who = who
@@ -109,7 +110,10 @@ class FakeDriver:
         assert not others, f"{others} could still write when the fence was over"
         self.storage.note(self.who, "fence", activation.device, activation.epoch)
 
-    async def activate(self, activation: Activation) -> str:
+    def path(self, activation: Activation) -> str:
+        return f"nbd://{self.who}/{activation.device}-{activation.epoch}"
+
+    async def activate(self, activation: Activation) -> None:
         await self.slow.wait()
         if self.who in self.storage.broken:
             raise ActivationFailed(activation.device, activation.epoch, "the disk is broken")
@@ -118,7 +122,6 @@ class FakeDriver:
         self.storage.write(self.who, activation.device)
         self.storage.note(self.who, "activate", activation.device, activation.epoch)
         self.read_only[activation.epoch] = activation.read_only
-        return f"nbd://{self.who}/{activation.device}-{activation.epoch}"
 
     async def verify(self, activation: Activation) -> str | None:
         return None

@@ -99,7 +99,8 @@ class Site:
     async def begin(self, activation: Activation, seconds: float = 600) -> str:
         await self.driver.prepare(activation)
         self.gate.open(activation.slot, activation.epoch, now() + int(seconds * SECOND))
-        return await self.driver.activate(activation)
+        await self.driver.activate(activation)
+        return self.driver.path(activation)
 
     def pid(self, device: str) -> int:
         pid = self.driver.pool.pid(device)
@@ -622,7 +623,8 @@ async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:
     hold = Activation("d", 3, {"backing": str(tmp_path / "d.img")}, gate.take_slot())
     await driver.prepare(hold)
     gate.open(hold.slot, 3, now() + 600 * SECOND)
-    uri = await driver.activate(hold)
+    await driver.activate(hold)
+    uri = driver.path(hold)
     assert re.fullmatch(r"nbd://\[::1\]:\d+/d-3", uri)
     assert str(SIZE) in await run("nbdinfo", "--size", uri)
     await driver.stop()

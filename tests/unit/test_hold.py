@@ -279,7 +279,7 @@ async def test_a_renewal_moves_the_deadline(world: World) -> None:
 
 async def test_the_end_shuts_the_gate_for_good(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("why", failed=True)
     assert not world.writes
     world.renewed(20)
@@ -295,7 +295,7 @@ async def test_the_end_shuts_the_gate_for_good(world: World) -> None:
 
 async def test_grace_lets_what_is_under_way_finish_within_the_deadlines(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("told to yield", graceful=True)
     assert world.writes
     world.renewed(20)
@@ -308,7 +308,7 @@ async def test_grace_lets_what_is_under_way_finish_within_the_deadlines(world: W
 @pytest.mark.parametrize("how", ["end", "unproved", "proved"])
 async def test_grace_is_over(world: World, how: str) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("told to yield", graceful=True)
     {"end": lambda: world.hold.end("deleted"), "unproved": world.hold.unproved, "proved": world.hold.proved}[
         how
@@ -321,7 +321,7 @@ async def test_grace_is_over(world: World, how: str) -> None:
 
 async def test_a_lost_lease_ends_it(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     ended = asyncio.Event()
     world.hold.on_end = lambda _: ended.set()
     world.lease.lost.set()
@@ -349,4 +349,4 @@ def test_only_serves_after_preparing(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.hold.end("why")
     with pytest.raises(AssertionError, match="nothing leads from ENDING to SERVING"):
-        world.hold.serving("nbd://x")
+        world.hold.serving()

@@ -33,7 +33,7 @@ from enum import StrEnum
 from leasehold.controller.driver import Activation, Driver
 from leasehold.controller.gate import Gate
 from leasehold.store.leases import Lease
-from leasehold.store.ownership import DeviceState
+from leasehold.store.ownership import DeviceState, Told
 from leasehold.store.records import (
     NO_REQUEST,
     Controller,
@@ -222,6 +222,8 @@ class Hold:
     phase: Phase = Phase.PREPARING
     spec: Device | None = None
     """What the activation was made from; None for one that is only to be proved over."""
+    told: Told | None = None
+    """What the assignment said of the device."""
     lease: Lease | None = None
     path: str = ""
     request: RequestId = NO_REQUEST
@@ -250,9 +252,8 @@ class Hold:
         self._guard = asyncio.create_task(self._until_lost(lease), name=f"lease of {self.device}")
         return True
 
-    def serving(self, path: str) -> None:
+    def serving(self) -> None:
         self._to(Phase.SERVING)
-        self.path = path
 
     def end(self, reason: str, *, failed: bool = False, graceful: bool = False) -> None:
         """Begin to end, once. An activation under way is abandoned.

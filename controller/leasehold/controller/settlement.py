@@ -14,7 +14,7 @@ from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode, encode
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import KeyValue, get
-from leasehold.store.ownership import DeviceState, release, swap
+from leasehold.store.ownership import Answering, DeviceState, release, swap
 from leasehold.store.records import Availability, DeviceId, Epoch
 from leasehold.store.transaction import Applied
 from leasehold.store.walltime import timestamp
@@ -56,9 +56,11 @@ class Settler:
         context.step("proved", hold.device, hold.epoch)
         return True
 
-    async def swap(self, device: DeviceId, epoch: Epoch, state: DeviceState, reason: str) -> bool:
+    async def swap(
+        self, device: DeviceId, epoch: Epoch, state: DeviceState, reason: str, answering: Answering | None
+    ) -> bool:
         """Pass control to the target. False if that was refused; nothing may be concluded from why."""
-        transaction = swap(self._context.author, state, reason=reason)
+        transaction = swap(self._context.author, state, reason=reason, answering=answering)
         outcome = await self._context.commit(transaction, device, epoch, "TRANSFERRED")
         self._context.step("swapped" if isinstance(outcome, Applied) else "swap refused", device, epoch)
         return isinstance(outcome, Applied)

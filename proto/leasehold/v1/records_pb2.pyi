@@ -555,6 +555,7 @@ class Assignment(google.protobuf.message.Message):
     ACTION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     READ_ONLY_FIELD_NUMBER: builtins.int
+    STANDING_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -567,6 +568,10 @@ class Assignment(google.protobuf.message.Message):
     """In which epoch; ignored if the holder record names another."""
     read_only: builtins.bool
     """As in the holder record, which was written in the same transaction."""
+    @property
+    def standing(self) -> global___Standing:
+        """What stood then, when nobody had access; absent if the device has to be read."""
+
     def __init__(
         self,
         *,
@@ -576,10 +581,51 @@ class Assignment(google.protobuf.message.Message):
         action: global___AssignmentAction.ValueType = ...,
         epoch: builtins.int = ...,
         read_only: builtins.bool = ...,
+        standing: global___Standing | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "read_only", b"read_only", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["standing", b"standing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "read_only", b"read_only", "standing", b"standing", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
+
+@typing.final
+class Standing(google.protobuf.message.Message):
+    """What stands about a device that nobody has access to, since the transaction that wrote an assignment: whoever
+    gets that need not read it. Whatever is made of it is compared with etcd by the next transaction.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: builtins.int
+    EPOCHS_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    REQUEST_REVISION_FIELD_NUMBER: builtins.int
+    request_revision: builtins.int
+    """The revision of the request's last change; 0 if that was the same transaction."""
+    @property
+    def holder(self) -> global___Holder:
+        """The holder record, written in that transaction."""
+
+    @property
+    def epochs(self) -> global___Epochs:
+        """The epochs, written in that transaction."""
+
+    @property
+    def request(self) -> global___AccessRequest:
+        """The request that is to be answered."""
+
+    def __init__(
+        self,
+        *,
+        holder: global___Holder | None = ...,
+        epochs: global___Epochs | None = ...,
+        request: global___AccessRequest | None = ...,
+        request_revision: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["epochs", b"epochs", "holder", b"holder", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "holder", b"holder", "request", b"request", "request_revision", b"request_revision"]) -> None: ...
+
+global___Standing = Standing
 
 @typing.final
 class AccessRequest(google.protobuf.message.Message):

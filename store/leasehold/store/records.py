@@ -227,18 +227,6 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """An instruction to one controller about one device."""
-
-    version: int = VERSION
-    device: DeviceId
-    controller: ControllerId
-    action: AssignmentAction
-    epoch: Epoch
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AccessRequest:
     """A client's wish to use a device."""
 
@@ -257,6 +245,32 @@ class AccessRequest:
     created_at: str = ""
     ended_at: str = ""
     change: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What stands about a device that nobody has access to, since an assignment was written.
+
+    `request_revision` is that of the request's last change, 0 if that was when the assignment was written.
+    """
+
+    holder: Holder
+    epochs: Epochs
+    request: AccessRequest | None = None
+    request_revision: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """An instruction to one controller about one device."""
+
+    version: int = VERSION
+    device: DeviceId
+    controller: ControllerId
+    action: AssignmentAction
+    epoch: Epoch
+    read_only: bool = False
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class NbdDriver:
 
     name = "nbd"
     fence_kind = FenceKind.GATE
+    writes_to_activate = False
 
     def __init__(self, context: DriverContext) -> None:
         self._context = context
@@ -83,17 +84,19 @@ class NbdDriver:
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
 
-    async def activate(self, activation: Activation) -> str:
+    def path(self, activation: Activation) -> str:
+        host, name = self._context.data_host, _spec(activation).name
+        port = self.pool.port(activation.device)
+        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
+
+    async def activate(self, activation: Activation) -> None:
         spec = _spec(activation)
         try:
             # Again, in case the worker has died since `prepare`.
             await self.pool.export(spec)
             await self.pool.open(spec)
-            port = self.pool.port(spec.device)
         except ExportFailed as error:
             raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
-        host = self._context.data_host
-        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(spec.name, safe='')}"
 
     async def verify(self, activation: Activation) -> str | None:
         return await self.pool.status(_spec(activation))

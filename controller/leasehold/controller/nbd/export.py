@@ -5,7 +5,7 @@
     PREPARED --open--> OPEN --withdraw--> DRAINING --drain limit--> CUT --all out, synced--> GONE
         \\____________________withdraw_______/
 
-PREPARED  the backing is open; nobody is let in. The gate need not be open yet.
+PREPARED  the backing is open; who comes waits to be let in. The gate need not be open yet.
 OPEN      clients are let in; each request is checked against the gate.
 DRAINING  what was accepted may finish; new requests and clients are refused.
 CUT       connections are being reset; a request that gets to its next check is refused.
@@ -24,6 +24,8 @@ from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.protocol import ExportFlag
 
 _PROBE = 4096
+_OPENING_SECONDS = 3.0
+"""How long a client waits that has the path before the export is open."""
 
 
 class Refused(Exception):
@@ -64,7 +66,7 @@ class Export:
         self._ended = False
         self._unproved: OSError | None = None
         self._connections: set[Abortable] = set()
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()
 
     @property
     def state(self) -> State:
@@ -78,6 +80,12 @@ class Export:
     def serving(self) -> bool:
         """True if a client would be let in now."""
         return self._state is State.OPEN and self._gate.allows(self.slot, self.epoch)
+
+    def awaited(self) -> bool:
+        """`serving`, once it is about to be: the path is known before the gate opens."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not State.PREPARED, _OPENING_SECONDS)
+            return self.serving
 
     @property
     def expired(self) -> bool:
@@ -113,11 +121,12 @@ class Export:
                 self.backing.write(block, 0)
                 self.backing.sync()
             self._state = State.OPEN
+            self._changed.notify_all()
 
     def attach(self, connection: Abortable) -> bool:
         """Count a client in. False if it may not come in."""
         with self._changed:
-            if not self.serving:
+            if not self.awaited():
                 return False
             self._connections.add(connection)
             return True
@@ -183,6 +192,7 @@ class Export:
         with self._changed:
             if self._state in (State.PREPARED, State.OPEN):
                 self._state = State.DRAINING
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._inside == 0, drain)
                 self._state = State.CUT
             else:
