@@ -11,9 +11,10 @@ demo: .venv/.demo
 	$(BIN)/leasehold demo
 
 # Everything, except what an absent system tool makes impossible: the summary names each such test and tool.
-# With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest.
+# With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest. Most of the time is spent waiting
+# for leases to run out, so four processes share it even on two cores.
 test: .venv/.dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
 
 # Whatever can break, broken at random for LEASEHOLD_CHAOS seconds; LEASEHOLD_SEED repeats a plan.
 chaos: .venv/.dev

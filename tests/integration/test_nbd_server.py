@@ -475,7 +475,8 @@ async def main(directory):
     hold = Activation("disk-1", 1, {"backing": str(directory / "disk-1.img")}, gate.take_slot())
     await driver.prepare(hold)
     gate.open(hold.slot, 1, far)
-    print(await driver.activate(hold), driver.pool.pid("disk-1"), flush=True)
+    await driver.activate(hold)
+    print(driver.path(hold), driver.pool.pid("disk-1"), flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main(Path(sys.argv[1])))
