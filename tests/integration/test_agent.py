@@ -85,6 +85,9 @@ class FakeDriver:
         self.context = context
         self.slow = asyncio.Event()
         self.slow.set()
+        self.ready = asyncio.Event()
+        self.ready.set()
+        """Before this `prepare` does not come to its end."""
         self.read_only: dict[int, bool] = {}
         """Of each epoch that was activated, for what."""
 
@@ -102,6 +105,7 @@ class FakeDriver:
         return None
 
     async def prepare(self, activation: Activation) -> None:
+        await self.ready.wait()
         self.storage.note(self.who, "prepare", activation.device, activation.epoch)
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
@@ -221,6 +225,27 @@ class Site:
         await self.installation.apply(
             ownership.direct(self.installation.author, state, target, reason="test", mode=mode)
         )
+
+    async def answer(self, request: str, name: str) -> None:
+        """What a coordinator does for a request that waits, while nobody has access."""
+        installation = self.installation
+        waiting = (await installation.waiting(request)).request
+        state, queue = await installation.state(), await installation.queue()
+        give = ownership.direct if state.holder else ownership.assign
+        answering = ownership.Answering(waiting.value, waiting.kv.value, waiting.mod_revision)
+        target = await self.registered(name)
+        made = give(installation.author, state, target, reason="test", answering=answering)
+        await installation.apply(requests.decided_for(installation.keys, made, queue, waiting))
+
+    def done(self, name: str, epoch: int) -> list[str]:
+        """The steps that a controller took in an epoch."""
+        return [what for _, what, _, number in self.steps if number == epoch and what.startswith(f"{name} ")]
+
+    async def did(self, name: str, step: str, epoch: int) -> None:
+        async def look() -> bool | None:
+            return f"{name} {step}" in self.done(name, epoch) or None
+
+        await eventually(look)
 
     async def serving(self, name: str, *, epoch: int | None = None, within: float = 5.0) -> DeviceState:
         def served(state: DeviceState) -> bool:
@@ -378,6 +403,46 @@ async def test_grants_the_request_it_was_assigned_for(site: Site) -> None:
     assert [grant.value.path for grant in state.grants] == ["nbd://a/d1-1"]
     after = await site.installation.waiting("r1")
     assert after.request.value.state is RequestState.GRANTED
+
+
+@pytest.mark.parametrize("writes", [False, True])
+async def test_nothing_is_read_that_the_assignment_says(site: Site, writes: bool) -> None:
+    """But for the proof that a device may be written, where activating writes to it."""
+    await site.device("a", "b")
+    for name in ("a", "b"):
+        await site.controller(name)
+        site.drivers[name].writes_to_activate = writes
+    proof = ["read", "open", "activated", "published"] if writes else ["published", "open", "activated"]
+    for epoch, name in enumerate(["a", "b", "a"], start=1):
+        waiting = await site.installation.submitted(f"r{epoch}")
+        await site.answer(f"r{epoch}", name)
+        state = await site.serving(name, epoch=epoch)
+        assert [grant.value.request for grant in state.grants] == [f"r{epoch}"]
+        await site.did(name, "serving", epoch)
+        assert site.done(name, epoch) == [
+            f"{name} {step}" for step in ["begun", "prepared", *proof, "serving"]
+        ]
+        granted = (await site.installation.waiting(waiting.request.value.request)).request
+        await site.installation.apply(
+            requests.end(site.installation.keys, state, granted, reason="test", path_exposed=False)
+        )
+
+
+async def test_what_is_not_published_is_not_activated(site: Site) -> None:
+    """The device is taken away after it was prepared by what the assignment said."""
+    await site.device("a")
+    await site.controller("a")
+    driver = site.drivers["a"]
+    driver.writes_to_activate = False
+    driver.ready.clear()
+    await site.installation.submitted("r1")
+    await site.answer("r1", "a")
+    await site.did("a", "begun", 1)
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    driver.ready.set()
+    await site.did("a", "proved", 1)
+    assert "a open" not in site.done("a", 1)
+    assert ("a", "activate", DISK, 1) not in site.storage.log
 
 
 async def test_publishes_without_a_client_that_left(site: Site) -> None:

@@ -274,6 +274,30 @@ async def test_prepared_is_not_served(site: Site) -> None:
     assert await site.driver.verify(activation) == "its export is prepared"
 
 
+async def test_who_comes_before_the_gate_opens_waits_for_it(site: Site) -> None:
+    activation = site.activation("disk-1", 1)
+    await site.driver.prepare(activation)
+    coming = asyncio.create_task(asyncio.to_thread(Client, site.driver.path(activation)))
+    done, _ = await asyncio.wait((coming,), timeout=0.2)
+    assert not done
+    site.gate.open(activation.slot, 1, now() + 600 * SECOND)
+    await site.driver.activate(activation)
+    with await coming as client:
+        assert client.refusal is None
+        assert client.ask(READ, 0, 512) == 0
+
+
+async def test_who_waits_for_the_gate_is_turned_away_when_the_hold_ends(site: Site) -> None:
+    activation = site.activation("disk-1", 1)
+    await site.driver.prepare(activation)
+    coming = asyncio.create_task(asyncio.to_thread(Client, site.driver.path(activation)))
+    done, _ = await asyncio.wait((coming,), timeout=0.2)
+    assert not done
+    await site.driver.deactivate(activation, drain=0)
+    with await coming as client:
+        assert client.refusal == ERR_SHUTDOWN
+
+
 async def test_a_gate_that_shuts_stops_a_stream(site: Site) -> None:
     activation, uri = await site.activate("disk-1", 1)
     with Client(uri) as client:
