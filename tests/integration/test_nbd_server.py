@@ -634,6 +634,7 @@ async def test_the_entry_point(site: Site) -> None:
         driver_factories(("nbd", "floppy"))
 
 
+@pytest.mark.needs("nbdinfo")
 async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:
     gate = Gate.create(tmp_path / "gate")
     gate.set_session(now() + 600 * SECOND)
