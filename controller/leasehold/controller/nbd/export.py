@@ -95,10 +95,10 @@ class Export:
         return int(flags | ExportFlag.SEND_WRITE_ZEROES | ExportFlag.SEND_FAST_ZERO)
 
     def open(self) -> None:
-        """Let clients in, once the device has proved readable and writable under this hold.
+        """Let clients in, once nothing that an earlier hold left in memory can be read, and the device reads.
 
-        The probe writes back the first block as it was read; no client can be there yet. Raises Refused
-        while the gate is shut, OSError if the device fails.
+        Nothing is written: that it may be is shown by its open for writing. Raises Refused while the gate
+        is shut, OSError if the device fails.
         """
         with self._changed:
             if self._state is State.OPEN:
@@ -106,12 +106,10 @@ class Export:
             if self._state is not State.PREPARED:
                 raise Refused(f"{self.name} is being withdrawn")
             self.guard()
-            block = memoryview(bytearray(min(_PROBE, self.backing.size)))
-            self.backing.read_into(block, 0)
-            if not self.read_only:
-                self.guard()
-                self.backing.write(block, 0)
-                self.backing.sync()
+            self.backing.begin()
+            self.plain_reads = not self.backing.cached_reads
+            self.guard()
+            self.backing.read_into(memoryview(bytearray(min(_PROBE, self.backing.size))), 0)
             self._state = State.OPEN
 
     def attach(self, connection: Abortable) -> bool:
@@ -206,7 +204,7 @@ class Export:
     def _close(self) -> None:
         try:
             if not self.read_only:
-                self.backing.sync()
+                self.backing.finish()
         finally:
             self.backing.close()
         if not self.read_only:

@@ -192,9 +192,8 @@ class Transmission:
         while self._payload:
             piece = self._inbox.take(min(self._payload, PIECE))
             self._payload -= len(piece)
-            self._export.guard()
             try:
-                self._backing.write(piece, offset, durable=durable)
+                self._backing.write(piece, offset, self._export.guard, durable=durable)
             except OSError as error:
                 raise _Failed(nbd.wire_error(error)) from error
             offset += len(piece)
