@@ -355,7 +355,7 @@ async def test_the_end_of_the_session_stops_every_device(site: Site) -> None:
 async def test_withdraw_waits_for_a_request_under_way(site: Site) -> None:
     activation, uri = await site.activate("disk-1", 1)
     image = site.image("disk-1")
-    data = os.urandom(1 << 20)
+    data = os.urandom(4 << 20)
     with Client(uri) as busy, Client(uri) as other:
         busy.send(WRITE, 0, len(data), data[: len(data) // 2])
         # It is under way once a piece of it is in the image.
@@ -577,6 +577,9 @@ async def test_a_hundred_epochs_of_a_dead_controller_are_proved_at_once(
         ({"backing": "/a\nb"}, "backing"),
         ({"backing": "/" + "a" * 5000}, "backing"),
         ({"backing": "/a", "cache": "unsafe"}, "cache"),
+        ({"backing": "/a", "cache": ""}, "cache"),
+        ({"backing": "/a", "cache": "None"}, "cache"),
+        ({"backing": "/a", "sync": "none"}, "sync"),
     ],
 )
 async def test_bad_parameters_name_their_field(site: Site, parameters: dict[str, str], field: str) -> None:

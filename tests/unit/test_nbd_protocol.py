@@ -27,7 +27,7 @@ from leasehold.controller.nbd.inbox import PIECE
 from leasehold.controller.nbd.protocol import Command, ExportFlag, Option, OptionReply
 from leasehold.controller.nbd.worker import Config, Worker
 
-SIZE = 3 << 20
+SIZE = 5 << 20
 FAR = 3600 * 10**9
 PATTERN = bytes(range(256)) * (SIZE // 256)
 

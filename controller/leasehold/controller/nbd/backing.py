@@ -45,6 +45,9 @@ _PUSH_EVERY = 16 << 20
 _PAGE = 4096
 """Linux zeroes what a hole has of a page or block in the page cache, so holes are made of whole ones."""
 
+_CACHED_PIECE = 256 << 10
+_DIRECT_PIECE = 1 << 20
+
 _ZEROES = aligned_memory(1 << 20)
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOTTY})
 GONE = frozenset({errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOTDIR})
@@ -114,6 +117,15 @@ class Backing:
         self.failure: str | None = None
         self._unsynced = False
         self._unpushed = 0
+
+    @property
+    def piece(self) -> int:
+        """The length of write that suits it, in bytes.
+
+        What goes into the page cache is copied, best while it is in the processor's; what goes to the device
+        costs a round trip to it each time.
+        """
+        return _CACHED_PIECE if self._direct is None else _DIRECT_PIECE
 
     def begin(self) -> None:
         """Before the first read of a hold, when no earlier one can write any more: forget what is cached.

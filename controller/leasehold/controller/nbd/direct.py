@@ -26,7 +26,7 @@ from leasehold.controller.nbd.claims import Claims
 ALIGNMENT = mmap.PAGESIZE
 """Of memory. No device asks for more."""
 
-_BOUNCE = 256 << 10
+_BOUNCE = 1024 << 10
 _USUAL_BLOCK = 4096
 """What is assumed of filesystems that take O_DIRECT and do not tell in which units."""
 

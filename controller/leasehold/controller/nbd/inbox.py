@@ -5,8 +5,8 @@ call, and not every header and every payload by itself, spares most of the calls
 thread gives the interpreter away and has to get it back.
 
 A payload that follows its header into an empty buffer lies where O_DIRECT takes it from without a copy: the
-header is put right before an aligned address. So no more is taken into an empty buffer than one header and
-the most that is asked for at once.
+header is put right before an aligned address. So no more is taken ahead than one header and one payload of
+the size that clients like.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from leasehold.controller.nbd.direct import ALIGNMENT, aligned_memory
 from leasehold.controller.nbd.handshake import Hangup
 from leasehold.controller.nbd.protocol import REQUEST
 
-PIECE = 256 << 10
-"""Most bytes that can be asked for at once: few enough to stay in the cache between socket and file."""
+PIECE = 1 << 20
+"""Most bytes that can be asked for at once."""
 
-_AHEAD = REQUEST.size + PIECE
-"""Most bytes taken from the socket before they are asked for."""
+_AHEAD = REQUEST.size + (256 << 10)
+"""Most bytes taken from the socket before they are asked for: few enough to stay in the processor's cache."""
 
 _HEADER = ALIGNMENT - REQUEST.size
 """Where a header goes, so that its payload is aligned."""

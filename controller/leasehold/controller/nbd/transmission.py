@@ -188,9 +188,9 @@ class Transmission:
             self._sock.sendall(data)
 
     def _write(self, flags: int, cookie: int, offset: int, _length: int) -> None:
-        durable = bool(flags & nbd.FUA)
+        durable, most = bool(flags & nbd.FUA), min(self._backing.piece, PIECE)
         while self._payload:
-            piece = self._inbox.take(min(self._payload, PIECE))
+            piece = self._inbox.take(min(self._payload, most))
             self._payload -= len(piece)
             try:
                 self._backing.write(piece, offset, self._export.guard, durable=durable)
