@@ -791,8 +791,13 @@ def failing(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 @pytest.mark.needs("nbdkit", "nbdfuse")
 @pytest.mark.parametrize(("failing", "code"), [("EIO", 5), ("ENOSPC", 28)], indirect=["failing"])
 async def test_an_error_of_the_storage_is_told_as_it_is(site: Site, failing: Path, code: int) -> None:
-    uri = await site.begin(site.activation("remote", 1, failing))
-    with Client(uri) as client:
-        for data in (bytes(4096), bytes(100)):
-            assert client.ask(WRITE, 0, data=data) == code
-        assert client.ask(READ, 0, 512) == 0
+    activation = site.activation("remote", 1, failing)
+    uri = await site.begin(activation)
+    try:
+        with Client(uri) as client:
+            for data in (bytes(4096), bytes(100)):
+                assert client.ask(WRITE, 0, data=data) == code
+            assert client.ask(READ, 0, 512) == 0
+    finally:
+        # The storage ends only once nobody has it open.
+        await site.driver.deactivate(activation, drain=1)
