@@ -23,7 +23,6 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.protocol import ExportFlag
 
-_PROBE = 4096
 _OPENING_SECONDS = 3.0
 """How long a client waits that has the path before the export is open."""
 
@@ -103,10 +102,10 @@ class Export:
         return int(flags | ExportFlag.SEND_WRITE_ZEROES | ExportFlag.SEND_FAST_ZERO)
 
     def open(self) -> None:
-        """Let clients in, once the device has proved readable and writable under this hold.
+        """Let clients in, once nothing that an earlier hold left in memory can be read.
 
-        The probe writes back the first block as it was read; no client can be there yet. Raises Refused
-        while the gate is shut, OSError if the device fails.
+        Nothing is written: that it may be is shown by its open for writing. Raises Refused while the gate
+        is shut, OSError if it can not be made sure of.
         """
         with self._changed:
             if self._state is State.OPEN:
@@ -114,12 +113,8 @@ class Export:
             if self._state is not State.PREPARED:
                 raise Refused(f"{self.name} is being withdrawn")
             self.guard()
-            block = memoryview(bytearray(min(_PROBE, self.backing.size)))
-            self.backing.read_into(block, 0)
-            if not self.read_only:
-                self.guard()
-                self.backing.write(block, 0)
-                self.backing.sync()
+            self.backing.begin()
+            self.plain_reads = not self.backing.cached_reads
             self._state = State.OPEN
             self._changed.notify_all()
 
@@ -216,7 +211,7 @@ class Export:
     def _close(self) -> None:
         try:
             if not self.read_only:
-                self.backing.sync()
+                self.backing.finish()
         finally:
             self.backing.close()
         if not self.read_only:
