@@ -130,18 +130,6 @@ STATES: dict[str, Callable[[Scene], Awaitable[None]]] = {
 
 Build = Callable[[Scene, DeviceState], Transaction]
 
-BUILDERS: dict[ChangeKind, Build] = {
-    ChangeKind.ASSIGNED: lambda s, state: assign(s.installation.author, state, s.b, reason="r"),
-    ChangeKind.YIELDING: lambda s, state: direct(s.installation.author, state, s.b, reason="r"),
-    ChangeKind.TRANSFERRED: lambda s, state: swap(s.installation.author, state, reason="r"),
-    ChangeKind.TAKEN_OVER: lambda s, state: take_over(s.installation.author, state, s.b, reason="r"),
-    ChangeKind.ACTIVATED: lambda s, state: s.installation.publication(state, s.lease),
-    ChangeKind.RELEASED: lambda s, state: release(
-        s.installation.author, state, frozenset({state.epoch}), reason="r"
-    ),
-    ChangeKind.CONFIRMED_DEAD: lambda s, state: confirmed(s, state),
-}
-
 
 def confirmed(
     scene: Scene, state: DeviceState, name: str = "a", registered: KeyValue | None = None
@@ -154,6 +142,19 @@ def confirmed(
         operator="alice@desk",
         reason="it burned",
     )
+
+
+BUILDERS: dict[ChangeKind, Build] = {
+    ChangeKind.ASSIGNED: lambda s, state: assign(s.installation.author, state, s.b, reason="r"),
+    ChangeKind.YIELDING: lambda s, state: direct(s.installation.author, state, s.b, reason="r"),
+    ChangeKind.TRANSFERRED: lambda s, state: swap(s.installation.author, state, reason="r"),
+    ChangeKind.TAKEN_OVER: lambda s, state: take_over(s.installation.author, state, s.b, reason="r"),
+    ChangeKind.ACTIVATED: lambda s, state: s.installation.publication(state, s.lease),
+    ChangeKind.RELEASED: lambda s, state: release(
+        s.installation.author, state, frozenset({state.epoch}), reason="r"
+    ),
+    ChangeKind.CONFIRMED_DEAD: confirmed,
+}
 
 
 APPLIED, REFUSED, NOT_POSSIBLE = "applied", "refused", "not possible"
@@ -590,7 +591,7 @@ async def test_a_word_about_the_living_is_not_taken(installation: Installation) 
 
 async def test_a_word_is_good_for_the_epochs_of_its_controller_only(installation: Installation) -> None:
     scene, state = await arrive(installation, "vanished, session gone")
-    with pytest.raises(NotPossible, match="no unreleased epoch of it is b's: those .* are of a"):
+    with pytest.raises(NotPossible, match=r"no unreleased epoch of it is b's: those .* are of a"):
         confirmed(scene, state, "b")
     await installation.apply(confirmed(scene, state))
     with pytest.raises(NotPossible, match="it is free"):

@@ -23,6 +23,7 @@ from typing import Any
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
 from leasehold.controller.hold import Hold
+from leasehold.controller.takeover import obstacle
 from leasehold.controller.timing import TimingRefused
 from leasehold.store.errors import OutcomeUnknown, Unavailable
 from leasehold.store.kv import KeyValue, get
@@ -127,6 +128,9 @@ class Activator:
             or not context.journal.knows(item.instance)
             or context.journal.is_open(hold.device, item.epoch)
         )
+        if strangers and hold.driver.fence_kind is FenceKind.NONE:
+            # Nobody takes such a device over; whoever has come to hold it by another way must not act either.
+            raise FenceRefused(hold.device, hold.epoch, obstacle(FenceKind.NONE))
         if strangers:
             _log.warning(
                 "%s: fencing %s",

@@ -71,6 +71,8 @@ class Agent:
         self._ended: dict[DeviceId, Epoch] = {}
         self._nothing_held = asyncio.Event()
         self._refusals: dict[DeviceId, str] = {}
+        self._busy: dict[DeviceId, str] = {}
+        """What was said of devices whose records can not be understood; once, not at each look."""
         self.holds: dict[DeviceId, Hold] = {}
         self.assignments: dict[DeviceId, Stored[Assignment]] = {}
         self.specs: dict[DeviceId, Stored[Device]] = {}
@@ -190,9 +192,12 @@ class Agent:
                 continue
             state, found = await self._look(device, hold)
             if hold is not None and hold.phase is Phase.ENDING:
+                await self._give_back(hold, state)
                 self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
                 return
             decision = decide(self._situation(device, hold), state)
+            if decision.step is not Step.WAIT:
+                self._busy.pop(device, None)
             seen = _revisions(state)
             if decision.step is Step.SWAP and seen == refused:
                 # Nothing changed but the target, which is gone. A commit of our own settles it, and the
@@ -210,6 +215,16 @@ class Agent:
             if decision.step is Step.SWAP:
                 refused = seen
         raise Unavailable(f"device {device} changes too fast to be acted on")
+
+    async def _give_back(self, hold: Hold, state: DeviceState) -> None:
+        """Give up a later epoch of a device that is stuck here: it can not begin before the proof."""
+        holder, me = state.holder.value if state.holder else None, self._session.me
+        if state.unreadable or holder is None or me is None or holder.instance != me.instance:
+            return
+        if holder.epoch > hold.epoch:
+            reason = f"it is stuck here in epoch {hold.epoch}"
+            if await self._settler.release(hold.device, frozenset({holder.epoch}), state, reason):
+                self._ended[hold.device] = holder.epoch
 
     async def _look(
         self, device: DeviceId, hold: Hold | None
@@ -280,7 +295,7 @@ class Agent:
             case Step.COMPETE:
                 return await self._compete(device, state)
             case Step.WAIT:
-                _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, decision.reason)
+                self._say_busy(device, state, decision.reason)
                 self.worker.wake_later(device, _BUSY)
                 return True
             case _:
@@ -288,6 +303,11 @@ class Agent:
                     self._contest.over(device)
                 await self._sweep(device, state)
                 return True
+
+    def _say_busy(self, device: DeviceId, state: DeviceState, reason: str) -> None:
+        if self._busy.get(device) != reason:
+            _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, reason)
+        self._busy[device] = reason
 
     async def _compete(self, device: DeviceId, state: DeviceState) -> bool:
         me = self._session.me
@@ -411,6 +431,7 @@ class Agent:
             epoch=hold.epoch if hold else NO_EPOCH,
             ended=self._ended.get(device, NO_EPOCH),
             stopping=self.stopping,
+            lease=hold.lease.id if hold and hold.lease else 0,
         )
 
     async def _sweep(self, device: DeviceId, state: DeviceState) -> None:

@@ -488,14 +488,14 @@ def confirm_dead(
     """`operator` vouches that `controller` can act no more in the epochs of its own that are unreleased.
 
     Nothing proves it, so everything that contradicts it refuses it: a start of the controller that is
-    registered and has one of these epochs, or a holder record, which goes with its lease. `registered` is what
-    stands under the controller's name, read together with `state`, and is compared.
+    registered and has one of these epochs, or a holder record, which goes with its lease. `registered` is
+    what stands under the controller's name, read together with `state`, and is compared.
     """
     _require(state, not state.unreadable, state.unreadable)
     if state.holder is not None:
         holder = state.holder.value
-        whose = "its record goes when its lease has run out" if holder.controller == controller else ""
-        _require(state, False, f"{holder.controller} holds it in epoch {holder.epoch}; {whose}".rstrip("; "))
+        goes = "; its record goes when its lease has run out" if holder.controller == controller else ""
+        raise NotPossible(state.device, f"{holder.controller} holds it in epoch {holder.epoch}{goes}")
     own = tuple(item for item in state.unreleased if item.controller == controller)
     others = sorted({item.controller for item in state.unreleased})
     there = f"those that are not proved to be over are of {', '.join(others)}" if others else "it is free"
@@ -515,8 +515,8 @@ def confirm_dead(
         _require(
             state,
             not alive,
-            f"{controller} is registered as the instance {instance} that was given epoch {max(alive, default=0)}:"
-            " it lives; stop it, and it releases what it can prove",
+            f"{controller} is registered as the instance {instance} that was given epoch"
+            f" {max(alive, default=0)}: it lives; stop it, and it releases what it can prove",
         )
     last = max(own, key=lambda item: item.epoch)
     return _change(
