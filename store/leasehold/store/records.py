@@ -161,7 +161,7 @@ class Controller:
     draining: bool = False
     software: str = ""
     drain_seconds: int = 0
-    fences: Mapping[str, str] = field(default_factory=dict)
+    fences: Mapping[str, str] = field(default_factory=dict, hash=False)
     session_ttl_seconds: int = 0
 
 
