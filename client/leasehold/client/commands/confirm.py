@@ -42,7 +42,7 @@ def confirm_dead(
 
 def _be_sure(status: "devices_pb2.DeviceStatus", device: str, controller: str) -> None:
     """Ask whether that is so. Raises `typer.Exit` if it is not, `typer.BadParameter` if nobody is there."""
-    if not sys.stdin.isatty():
+    if not is_person():
         raise typer.BadParameter("nobody can be asked here: give --yes", param_hint="--yes")
     epochs = [str(item.epoch) for item in status.epochs.unreleased if item.controller == controller]
     say(f"device {device}: {status.reason}")
@@ -51,3 +51,8 @@ def _be_sure(status: "devices_pb2.DeviceStatus", device: str, controller: str) -
     if not typer.confirm(f"Is {controller} switched off, or cut off from {device} for good?", err=True):
         say("nothing was changed")
         raise typer.Exit(exits.BROKEN)
+
+
+def is_person() -> bool:
+    """Whether there is somebody to be asked."""
+    return sys.stdin.isatty()
