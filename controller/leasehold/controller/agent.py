@@ -137,10 +137,14 @@ class Agent:
             hold.end(reason, failed=True)
 
     def adopt(self, item: OpenActivation) -> None:
-        """An activation of an earlier instance that is not proved to be over: a hold that only ends."""
+        """An activation of an earlier instance that is not proved to be over: a hold that only ends.
+
+        Its slot is the one under which its driver was asked before: to a driver another one would be another
+        activation.
+        """
         context = self._context
         was = Controller(controller=context.name, instance=item.instance, session_lease=NO_LEASE)
-        activation = Activation(item.device, item.epoch, item.parameters, context.gate.take_slot())
+        activation = Activation(item.device, item.epoch, item.parameters, item.slot)
         driver = context.drivers[item.driver]
         self.holds[item.device] = Hold(
             item.device, item.epoch, was, driver, activation, context.gate, self._on_end, Phase.ENDING

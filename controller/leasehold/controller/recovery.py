@@ -121,8 +121,12 @@ async def _named(context: Context) -> set[DeviceId]:
 async def _end(
     context: Context, device: DeviceId, item: OpenActivation | None, turns: asyncio.Semaphore
 ) -> OpenActivation | None:
-    """Prove what is open, and release what is proved. What is not, if anything."""
+    """Prove what is open, and release what is proved. What is not, if anything, with the slot it has here."""
+    if item:
+        item = replace(item, slot=context.gate.take_slot())
     why_not = await _prove(context, item) if item else ""
+    if item and not why_not:
+        context.gate.give_slot(item.slot)
     if item and why_not:
         await stuck.say(context, device, item.epoch, why_not)
     async with turns:
@@ -137,8 +141,7 @@ async def _end(
 async def _prove(context: Context, item: OpenActivation) -> str:
     """Why the activation is not proved to be over; empty if it is, and the journal has it."""
     driver = context.drivers[item.driver]
-    slot = context.gate.take_slot()
-    activation = Activation(item.device, item.epoch, item.parameters, slot)
+    activation = Activation(item.device, item.epoch, item.parameters, item.slot)
     try:
         async with asyncio.timeout(_PROOF):
             await driver.deactivate(activation, drain=0)
@@ -153,8 +156,6 @@ async def _prove(context: Context, item: OpenActivation) -> str:
             why_not,
         )
         return why_not
-    finally:
-        context.gate.give_slot(slot)
     context.journal.prove(item.device, item.epoch, f"driver {item.driver}, after a restart")
     _log.info(
         "device %s epoch %d holder %s request -: proved to be over since instance %s",
