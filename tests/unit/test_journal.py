@@ -1,6 +1,7 @@
 """The journal survives its process, and tells what an earlier instance may still be doing."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -101,6 +102,30 @@ def test_proves_nothing_about_another_machine(tmp_path: Path, elsewhere: Host) -
     journal = reopened(journal, tmp_path, elsewhere)
     assert not journal.knows(ONE)
     assert journal.unended_sessions() == ()
+    journal.close()
+
+
+def test_a_copy_knows_nothing_of_what_its_original_may_still_do(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "original", A, host=HOST)
+    journal.begin_session(ONE, LEASE)
+    begin(journal)
+    # While the original runs, and holds its lock.
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copy = Journal.open(tmp_path / "copy", A, host=HOST)
+    assert not copy.knows(ONE)
+    assert copy.open_activations() == ()
+    assert copy.unended_sessions() == ()
+    copy.begin_session(TWO, LeaseId("00000000000000bb"))
+    copy = reopened(copy, tmp_path / "copy")
+    assert copy.knows(TWO)
+    assert not copy.knows(ONE)
+    copy.close()
+    # Moved as it is, it is no copy.
+    journal.close()
+    (tmp_path / "original").rename(tmp_path / "moved")
+    journal = Journal.open(tmp_path / "moved", A, host=HOST)
+    assert journal.knows(ONE)
+    assert journal.is_open(DISK, Epoch(1))
     journal.close()
 
 

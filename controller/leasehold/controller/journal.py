@@ -20,6 +20,7 @@ tens of microseconds and belong to the event loop's thread; `checkpoint` alone w
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from typing import Self
 
 from leasehold.store.records import ControllerId, DeviceId, Epoch, InstanceId, LeaseId
 from leasehold.store.walltime import timestamp
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 KEPT_CHANGES = 10_000
@@ -308,10 +311,28 @@ class Journal:
             raise JournalRefused(
                 f"{self.path} belongs to controller {owner}, not {controller}: give each its own state_dir"
             )
+        self._leave_to_its_original()
         self._read()
         while self.trim():
             pass
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _leave_to_its_original(self) -> None:
+        """In a copy of a state directory, forget what was done since this host's boot.
+
+        The controller of the original may still be doing it: no lock tells, for that is on another file. Here
+        it is a stranger's. The same goes for one that was restored, or moved to another filesystem.
+        """
+        place = str(os.fstat(self._lock).st_ino)
+        self._db.execute("INSERT OR IGNORE INTO about VALUES ('place', ?)", (place,))
+        (known,) = self._db.execute("SELECT value FROM about WHERE name = 'place'").fetchone()
+        if known == place:
+            return
+        _log.warning("%s is a copy: what was done since this boot is left to its original", self.path)
+        here = (self.host.boot, self.host.machine)
+        self._db.execute("DELETE FROM sessions WHERE boot = ? AND machine = ?", here)
+        self._db.execute("DELETE FROM activations WHERE proof IS NULL AND boot = ? AND machine = ?", here)
+        self._db.execute("UPDATE about SET value = ? WHERE name = 'place'", (place,))
 
     def _read(self) -> None:
         # A directory that came here from another machine says nothing about what still runs over there.
