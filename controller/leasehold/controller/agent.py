@@ -103,6 +103,9 @@ class Agent:
         if hold is not None:
             if prev is None or prev.epoch == hold.epoch:
                 hold.end("its holder record was deleted")
+            if device in self._busy:
+                # Somebody has put right what could not be understood.
+                self.worker.wake(device)
             if prev is None or prev.epoch <= hold.epoch:
                 return
             # Of a later holder: this hold is on its way out, and the device may have to be taken over.
