@@ -544,6 +544,33 @@ async def test_a_successor_fences_after_a_record_was_deleted(site: Site) -> None
     site.storage.stuck.clear()
 
 
+async def test_a_later_epoch_is_given_back_while_it_is_stuck(site: Site) -> None:
+    """Whoever has not seen yet that the device is barred here may still give it."""
+    await site.device("a", "b")
+    await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    await site.serving("a")
+    site.storage.stuck.add("a")
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    await site.serving("b", epoch=2)
+    await site.direct("a")
+    await site.until(lambda state: state.epoch == 3 and state.free)
+    assert ("a", "activate", DISK, 3) not in site.storage.log
+    key = site.installation.keys.availability(DISK, ControllerId("a"))
+    said = await site.installation.kv.get(key)
+    assert said is not None
+    assert decode(Availability, said).value.stuck_epoch == 1
+    site.storage.stuck.clear()
+
+    async def cleared() -> bool | None:
+        return True if await site.installation.kv.get(key) is None else None
+
+    await eventually(cleared, within=20)
+    await site.assign("a")
+    await site.serving("a", epoch=4)
+
+
 async def test_waits_a_whole_ttl_under_strict(site: Site) -> None:
     await site.device("a", "b", takeover=TakeoverPolicy.STRICT)
     crashed = await site.controller("a")

@@ -50,7 +50,13 @@ BIG = Epoch((1 << 53) + 1)
 """The first integer that a double can not hold: JSON readers that go through one would lose it."""
 
 UNRELEASED = UnreleasedEpoch(
-    epoch=BIG, controller=A, instance=ONE, session_lease=SESSION, device_lease=LEASE, ttl_seconds=10
+    epoch=BIG,
+    controller=A,
+    instance=ONE,
+    session_lease=SESSION,
+    device_lease=LEASE,
+    ttl_seconds=10,
+    session_ttl_seconds=30,
 )
 FULL: tuple[Record, ...] = (
     Device(
@@ -72,6 +78,8 @@ FULL: tuple[Record, ...] = (
         draining=True,
         software="0.1.0",
         drain_seconds=5,
+        fences={"nbd": "gate", "exec": "none"},
+        session_ttl_seconds=30,
     ),
     Coordinator(
         coordinator=CoordinatorId("c"), instance=ONE, session_lease=SESSION, endpoint="h:2", software="0.1.0"
@@ -91,7 +99,9 @@ FULL: tuple[Record, ...] = (
         epoch=BIG,
         state=HolderState.YIELDING,
         path="nbd://h:1/disk-1-42",
-        target=Target(controller=B, instance=TWO, session_lease=LEASE, read_only=True),
+        target=Target(
+            controller=B, instance=TWO, session_lease=LEASE, read_only=True, session_ttl_seconds=30
+        ),
         request=Q,
         path_exposed=True,
         read_only=True,
@@ -143,7 +153,14 @@ FULL: tuple[Record, ...] = (
         path="nbd://h:1/x",
         mode=AccessMode.SHARED,
     ),
-    Availability(device=D, controller=A, failures=3, reason="no image", failed_at="2026-01-01T00:00:00Z"),
+    Availability(
+        device=D,
+        controller=A,
+        failures=3,
+        reason="no image",
+        failed_at="2026-01-01T00:00:00Z",
+        stuck_epoch=Epoch(2),
+    ),
     ControlChange(
         change="c1",
         device=D,
@@ -156,6 +173,7 @@ FULL: tuple[Record, ...] = (
         reason="its session is gone",
         request=Q,
         author="controller b",
+        operator="alice@desk",
         recorded_at="2026-01-01T00:00:00Z",
     ),
 )

@@ -28,6 +28,7 @@ from typing import Any
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
 from leasehold.controller.hold import Hold
+from leasehold.controller.takeover import obstacle
 from leasehold.controller.timing import TimingRefused
 from leasehold.store.codec import Stored
 from leasehold.store.errors import OutcomeUnknown, Unavailable
@@ -153,6 +154,9 @@ class Activator:
             or not context.journal.knows(item.instance)
             or context.journal.is_open(hold.device, item.epoch)
         )
+        if strangers and hold.driver.fence_kind is FenceKind.NONE:
+            # Nobody takes such a device over; whoever has come to hold it by another way must not act either.
+            raise FenceRefused(hold.device, hold.epoch, obstacle(FenceKind.NONE))
         if strangers:
             _log.warning(
                 "%s: fencing %s",

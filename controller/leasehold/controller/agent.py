@@ -73,6 +73,8 @@ class Agent:
         self._ended: dict[DeviceId, Epoch] = {}
         self._nothing_held = asyncio.Event()
         self._refusals: dict[DeviceId, str] = {}
+        self._busy: dict[DeviceId, str] = {}
+        """What was said of devices whose records can not be understood; once, not at each look."""
         self.holds: dict[DeviceId, Hold] = {}
         self.assignments: dict[DeviceId, Stored[Assignment]] = {}
         self.specs: dict[DeviceId, Stored[Device]] = {}
@@ -103,6 +105,9 @@ class Agent:
         if hold is not None:
             if prev is None or prev.epoch == hold.epoch:
                 hold.end("its holder record was deleted")
+            if device in self._busy:
+                # Somebody has put right what could not be understood.
+                self.worker.wake(device)
             if prev is None or prev.epoch <= hold.epoch:
                 return
             # Of a later holder: this hold is on its way out, and the device may have to be taken over.
@@ -137,10 +142,14 @@ class Agent:
             hold.end(reason, failed=True)
 
     def adopt(self, item: OpenActivation) -> None:
-        """An activation of an earlier instance that is not proved to be over: a hold that only ends."""
+        """An activation of an earlier instance that is not proved to be over: a hold that only ends.
+
+        Its slot is the one under which its driver was asked before: to a driver another one would be another
+        activation.
+        """
         context = self._context
         was = Controller(controller=context.name, instance=item.instance, session_lease=NO_LEASE)
-        activation = Activation(item.device, item.epoch, item.parameters, context.gate.take_slot())
+        activation = Activation(item.device, item.epoch, item.parameters, item.slot)
         driver = context.drivers[item.driver]
         self.holds[item.device] = Hold(
             item.device, item.epoch, was, driver, activation, context.gate, self._on_end, Phase.ENDING
@@ -194,9 +203,12 @@ class Agent:
                 continue
             state, found = await self._look(device, hold, told)
             if hold is not None and hold.phase is Phase.ENDING:
+                await self._give_back(hold, state)
                 self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
                 return
             decision = decide(self._situation(device, hold), state)
+            if decision.step is not Step.WAIT:
+                self._busy.pop(device, None)
             seen = _revisions(state)
             if decision.step is Step.SWAP and seen == refused:
                 # Nothing changed but the target, which is gone. A commit of our own settles it, and the
@@ -223,6 +235,16 @@ class Agent:
         if assignment is None or spec is None:
             return None
         return told(self._context.keys, assignment, spec)
+
+    async def _give_back(self, hold: Hold, state: DeviceState) -> None:
+        """Give up a later epoch of a device that is stuck here: it can not begin before the proof."""
+        holder, me = state.holder.value if state.holder else None, self._session.me
+        if state.unreadable or holder is None or me is None or holder.instance != me.instance:
+            return
+        if holder.epoch > hold.epoch:
+            reason = f"it is stuck here in epoch {hold.epoch}"
+            if await self._settler.release(hold.device, frozenset({holder.epoch}), state, reason):
+                self._ended[hold.device] = holder.epoch
 
     async def _look(
         self, device: DeviceId, hold: Hold | None, told: Told | None
@@ -302,7 +324,7 @@ class Agent:
             case Step.COMPETE:
                 return await self._compete(device, state)
             case Step.WAIT:
-                _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, decision.reason)
+                self._say_busy(device, state, decision.reason)
                 self.worker.wake_later(device, _BUSY)
                 return True
             case _:
@@ -310,6 +332,11 @@ class Agent:
                     self._contest.over(device)
                 await self._sweep(device, state)
                 return True
+
+    def _say_busy(self, device: DeviceId, state: DeviceState, reason: str) -> None:
+        if self._busy.get(device) != reason:
+            _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, reason)
+        self._busy[device] = reason
 
     async def _compete(self, device: DeviceId, state: DeviceState) -> bool:
         me = self._session.me
@@ -441,6 +468,7 @@ class Agent:
             epoch=hold.epoch if hold else NO_EPOCH,
             ended=self._ended.get(device, NO_EPOCH),
             stopping=self.stopping,
+            lease=hold.lease.id if hold and hold.lease else 0,
         )
 
     async def _sweep(self, device: DeviceId, state: DeviceState) -> None:

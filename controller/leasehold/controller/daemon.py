@@ -215,6 +215,8 @@ class Daemon:
             drivers=tuple(sorted(self.context.drivers)),
             software=version("leasehold"),
             drain_seconds=math.ceil(config.timing.drain),
+            fences={name: driver.fence_kind.value for name, driver in self.context.drivers.items()},
+            session_ttl_seconds=config.timing.session_ttl,
         )
 
     async def _keep_session(self) -> None:

@@ -188,6 +188,8 @@ class _ChangeKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """The holder serves the device."""
     CHANGE_KIND_RELEASED: _ChangeKind.ValueType  # 6
     """The holder proved itself inactive and gave control up."""
+    CHANGE_KIND_CONFIRMED_DEAD: _ChangeKind.ValueType  # 7
+    """A person vouched that a controller can act no more in epochs that nobody proved to be over."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What happened to the control of a device."""
@@ -206,6 +208,8 @@ CHANGE_KIND_ACTIVATED: ChangeKind.ValueType  # 5
 """The holder serves the device."""
 CHANGE_KIND_RELEASED: ChangeKind.ValueType  # 6
 """The holder proved itself inactive and gave control up."""
+CHANGE_KIND_CONFIRMED_DEAD: ChangeKind.ValueType  # 7
+"""A person vouched that a controller can act no more in epochs that nobody proved to be over."""
 global___ChangeKind = ChangeKind
 
 @typing.final
@@ -282,6 +286,22 @@ class Controller(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class FencesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     CONTROLLER_FIELD_NUMBER: builtins.int
     INSTANCE_FIELD_NUMBER: builtins.int
@@ -292,6 +312,8 @@ class Controller(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
     DRAIN_SECONDS_FIELD_NUMBER: builtins.int
+    FENCES_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     controller: builtins.str
@@ -310,9 +332,15 @@ class Controller(google.protobuf.message.Message):
     """Leasehold's version there."""
     drain_seconds: builtins.int
     """How long I/O under way may take when it gives a device up, in seconds."""
+    session_ttl_seconds: builtins.int
+    """TTL of its session lease in seconds."""
     @property
     def drivers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The drivers it has."""
+
+    @property
+    def fences(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """How each of its drivers makes an earlier holder stop: "reservation", "shutdown", "gate" or "none"."""
 
     def __init__(
         self,
@@ -327,8 +355,10 @@ class Controller(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         software: builtins.str = ...,
         drain_seconds: builtins.int = ...,
+        fences: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        session_ttl_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fences", b"fences", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 
@@ -382,6 +412,7 @@ class UnreleasedEpoch(google.protobuf.message.Message):
     SESSION_LEASE_FIELD_NUMBER: builtins.int
     DEVICE_LEASE_FIELD_NUMBER: builtins.int
     TTL_SECONDS_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The epoch."""
     controller: builtins.str
@@ -394,6 +425,8 @@ class UnreleasedEpoch(google.protobuf.message.Message):
     """The device lease, once published."""
     ttl_seconds: builtins.int
     """TTL of that lease in seconds."""
+    session_ttl_seconds: builtins.int
+    """TTL of the session's lease in seconds; 0 if it is not known."""
     def __init__(
         self,
         *,
@@ -403,8 +436,9 @@ class UnreleasedEpoch(google.protobuf.message.Message):
         session_lease: builtins.str = ...,
         device_lease: builtins.str = ...,
         ttl_seconds: builtins.int = ...,
+        session_ttl_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "session_lease", b"session_lease", "ttl_seconds", b"ttl_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "ttl_seconds", b"ttl_seconds"]) -> None: ...
 
 global___UnreleasedEpoch = UnreleasedEpoch
 
@@ -454,6 +488,7 @@ class Target(google.protobuf.message.Message):
     INSTANCE_FIELD_NUMBER: builtins.int
     SESSION_LEASE_FIELD_NUMBER: builtins.int
     READ_ONLY_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     controller: builtins.str
     """The controller."""
     instance: builtins.str
@@ -462,6 +497,8 @@ class Target(google.protobuf.message.Message):
     """Its session: the swap attaches the holder record to it, which etcd refuses once it is gone."""
     read_only: builtins.bool
     """It is to hold the device for reading only."""
+    session_ttl_seconds: builtins.int
+    """TTL of its session lease in seconds; 0 if it is not known."""
     def __init__(
         self,
         *,
@@ -469,8 +506,9 @@ class Target(google.protobuf.message.Message):
         instance: builtins.str = ...,
         session_lease: builtins.str = ...,
         read_only: builtins.bool = ...,
+        session_ttl_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "read_only", b"read_only", "session_lease", b"session_lease"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "read_only", b"read_only", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds"]) -> None: ...
 
 global___Target = Target
 
@@ -815,6 +853,7 @@ class Availability(google.protobuf.message.Message):
     FAILURES_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     FAILED_AT_FIELD_NUMBER: builtins.int
+    STUCK_EPOCH_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -827,6 +866,10 @@ class Availability(google.protobuf.message.Message):
     """The last one, in a sentence."""
     failed_at: builtins.str
     """When; RFC 3339, for people only."""
+    stuck_epoch: builtins.int
+    """The epoch that it began and can not prove to be over: until it can, it is not given the device. 0 if there
+    is none.
+    """
     def __init__(
         self,
         *,
@@ -836,8 +879,9 @@ class Availability(google.protobuf.message.Message):
         failures: builtins.int = ...,
         reason: builtins.str = ...,
         failed_at: builtins.str = ...,
+        stuck_epoch: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "stuck_epoch", b"stuck_epoch", "version", b"version"]) -> None: ...
 
 global___Availability = Availability
 
@@ -886,6 +930,7 @@ class ControlChange(google.protobuf.message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     RECORDED_AT_FIELD_NUMBER: builtins.int
+    OPERATOR_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     change: builtins.str
@@ -908,6 +953,8 @@ class ControlChange(google.protobuf.message.Message):
     """Which daemon wrote it."""
     recorded_at: builtins.str
     """When; RFC 3339, for people only."""
+    operator: builtins.str
+    """The person on whose word it was made, and the certificate they came with; empty if it was nobody's."""
     @property
     def lost(self) -> global___Party:
         """Who lost control, or is to."""
@@ -932,8 +979,9 @@ class ControlChange(google.protobuf.message.Message):
         request: builtins.str = ...,
         author: builtins.str = ...,
         recorded_at: builtins.str = ...,
+        operator: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["gained", b"gained", "lost", b"lost"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["author", b"author", "change", b"change", "device", b"device", "epoch", b"epoch", "expired", b"expired", "gained", b"gained", "kind", b"kind", "lost", b"lost", "number", b"number", "reason", b"reason", "recorded_at", b"recorded_at", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["author", b"author", "change", b"change", "device", b"device", "epoch", b"epoch", "expired", b"expired", "gained", b"gained", "kind", b"kind", "lost", b"lost", "number", b"number", "operator", b"operator", "reason", b"reason", "recorded_at", b"recorded_at", "request", b"request", "version", b"version"]) -> None: ...
 
 global___ControlChange = ControlChange

@@ -14,6 +14,7 @@ That no earlier epoch can still write is the business of the drivers' fences.
     YIELDING             swap       -> ACTIVATING  its holder        the target's session
     any                  release    -> none        its holder        -
     none                 release    -> none        earlier holder    -
+    none                 confirm_dead -> none      coordinator       whether its controller is registered
 
            assign                publish              direct
     none ----------> ACTIVATING ---------> ACTIVE ------------> YIELDING --.
@@ -29,7 +30,8 @@ That no earlier epoch can still write is the business of the drivers' fences.
   which, in the holder record and the assignment alike. The grants that stand are of its kind, because a grant
   compares the holder record. From one kind to the other leads the next epoch only.
 * The unreleased epochs are a set. Giving an epoch adds it; it leaves by its own holder's proof (swap,
-  release) or by a successor's fence (publish), and `assign` requires the set to be empty.
+  release), by a successor's fence (publish), or by a person's word (confirm_dead), and `assign` requires the
+  set to be empty.
 * Every transaction compares `epochs/<device>` and rewrites it, so two absences of a holder are never taken
   for the same one, and no two transactions on one device can both succeed from one reading.
 """
@@ -93,6 +95,7 @@ TRANSITIONS: dict[ChangeKind, tuple[frozenset[HolderState | None], HolderState |
     ChangeKind.YIELDING: (frozenset({HolderState.ACTIVATING, HolderState.ACTIVE}), HolderState.YIELDING),
     ChangeKind.TRANSFERRED: (frozenset({HolderState.YIELDING}), HolderState.ACTIVATING),
     ChangeKind.RELEASED: (frozenset({None, *HolderState}), None),
+    ChangeKind.CONFIRMED_DEAD: (frozenset({None}), None),
 }
 """What each kind of change starts from and leads to; None is no holder record. A release by an earlier holder
 leaves the record of the present one as it is."""
@@ -463,6 +466,9 @@ def publish(
         session_lease=old.session_lease,
         device_lease=device_lease,
         ttl_seconds=state.spec.value.ttl,
+        session_ttl_seconds=next(
+            (item.session_ttl_seconds for item in state.unreleased if item.epoch == old.epoch), 0
+        ),
     )
     value = replace(
         old, state=HolderState.ACTIVE, path=path, device_lease=device_lease, target=None, path_exposed=False
@@ -585,6 +591,68 @@ class _Order:
         return encode(replace(self.assignment, standing=standing), {"standing": known})
 
 
+def confirm_dead(
+    author: Author,
+    state: DeviceState,
+    controller: ControllerId,
+    registered: KeyValue | None,
+    *,
+    operator: str,
+    reason: str,
+) -> Transaction:
+    """`operator` vouches that `controller` can act no more in the epochs of its own that are unreleased.
+
+    Nothing proves it, so everything that contradicts it refuses it: a start of the controller that is
+    registered and has one of these epochs, or a holder record, which goes with its lease. `registered` is
+    what stands under the controller's name, read together with `state`, and is compared.
+    """
+    _require(state, not state.unreadable, state.unreadable)
+    if state.holder is not None:
+        holder = state.holder.value
+        goes = "; its record goes when its lease has run out" if holder.controller == controller else ""
+        raise NotPossible(state.device, f"{holder.controller} holds it in epoch {holder.epoch}{goes}")
+    own = tuple(item for item in state.unreleased if item.controller == controller)
+    others = sorted({item.controller for item in state.unreleased})
+    there = f"those that are not proved to be over are of {', '.join(others)}" if others else "it is free"
+    _require(state, bool(own), f"no unreleased epoch of it is {controller}'s: {there}")
+    keys = author.keys
+    key = keys.controller(controller)
+    if registered is not None:
+        try:
+            instance = decode(Controller, registered).value.instance
+        except Unreadable as error:
+            raise NotPossible(state.device, str(error)) from error
+        alive = [
+            item.epoch
+            for item in own
+            if item.instance == instance or lease_number(item.session_lease) == registered.lease
+        ]
+        _require(
+            state,
+            not alive,
+            f"{controller} is registered as the instance {instance} that was given epoch"
+            f" {max(alive, default=0)}: it lives; stop it, and it releases what it can prove",
+        )
+    last = max(own, key=lambda item: item.epoch)
+    return _change(
+        author,
+        state,
+        kind=ChangeKind.CONFIRMED_DEAD,
+        epoch=state.epoch,
+        unreleased=tuple(item for item in state.unreleased if item.controller != controller),
+        lost=Party(controller=last.controller, instance=last.instance, epoch=last.epoch),
+        expired=True,
+        reason=reason,
+        compares=(unchanged(key, registered.mod_revision) if registered is not None else absent(key),),
+        operations=(
+            delete(keys.assignment(controller, state.device)),
+            # Whoever bears the name next has nothing left here.
+            delete(keys.availability(state.device, controller)),
+        ),
+        operator=operator,
+    )
+
+
 def _give(
     author: Author,
     state: DeviceState,
@@ -628,6 +696,7 @@ def _give(
         instance=target.instance,
         session_lease=target.session_lease,
         ttl_seconds=ttl,
+        session_ttl_seconds=target.session_ttl_seconds,
     )
     base = state.holder.kv.value if state.holder else None
     return _change(
@@ -666,6 +735,7 @@ def _change(
     operations: tuple[Operation, ...] = (),
     order: _Order | None = None,
     change: str = "",
+    operator: str = "",
 ) -> Transaction:
     """The part that all share: compare holder and epochs, rewrite the epochs, append to the history.
 
@@ -688,6 +758,7 @@ def _change(
         request=request,
         author=author.name,
         recorded_at=timestamp(),
+        operator=operator,
     )
     entry_key = keys.change(state.device, epoch, number)
     if order is not None:
@@ -750,6 +821,7 @@ def _target(state: DeviceState, target: Controller, mode: AccessMode | None) -> 
         instance=target.instance,
         session_lease=target.session_lease,
         read_only=state.successor_reads_only if mode is None else mode.read_only,
+        session_ttl_seconds=target.session_ttl_seconds,
     )
 
 

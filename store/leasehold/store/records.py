@@ -125,6 +125,7 @@ class ChangeKind(StrEnum):
     TAKEN_OVER = "TAKEN_OVER"
     ACTIVATED = "ACTIVATED"
     RELEASED = "RELEASED"
+    CONFIRMED_DEAD = "CONFIRMED_DEAD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,8 @@ class Controller:
     draining: bool = False
     software: str = ""
     drain_seconds: int = 0
+    fences: Mapping[str, str] = field(default_factory=dict, hash=False)
+    session_ttl_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +187,7 @@ class UnreleasedEpoch:
     session_lease: LeaseId
     device_lease: LeaseId = NO_LEASE
     ttl_seconds: int = 0
+    session_ttl_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,7 @@ class Target:
     instance: InstanceId
     session_lease: LeaseId
     read_only: bool = False
+    session_ttl_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +321,7 @@ class Availability:
     failures: int = 0
     reason: str = ""
     failed_at: str = ""
+    stuck_epoch: Epoch = Epoch(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,6 +350,7 @@ class ControlChange:
     request: RequestId = NO_REQUEST
     author: str = ""
     recorded_at: str = ""
+    operator: str = ""
 
 
 Record = (
