@@ -178,7 +178,11 @@ COMMANDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("get", "device"), 2, r"No such command 'device'"),
     (("get", "devices", "-o", "xml"), 2, r"--output.*'xml' is not one of"),
     (("controller", "--config", NO), 2, r"--config.*/no/such"),
-    (("dev", "--directory", "/proc/no"), 2, r"--directory: /proc/no: No such file or directory"),
+    (
+        ("dev", "--directory", "/proc/no"),
+        2,
+        r"/proc/no: No such file or directory: name another with --directory",
+    ),
     (("dev", "--size", "0"), 2, r"--size: '0' is no size"),
     (("dev", "--etcd-port", "70000"), 2, r"--etcd-port"),
     (

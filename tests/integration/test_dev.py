@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ import pytest
 
 from leasehold.client import Moved, sync
 from leasehold.client.clock import now
-from leasehold.client.dev import DevCluster
+from leasehold.client.dev import DevCluster, Unusable
 from leasehold.client.nbd import NbdClient
+from leasehold.client.workplace import Workplace
 
 SOON = 60.0
 """Seconds for what takes one or two on an idle machine."""
@@ -140,7 +142,7 @@ def dev(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_all_of_it(tmp_path: Path, number: signal.Signals) -> None:
     directory = tmp_path / "kept"
     with dev("--directory", str(directory), "--devices", "1", "--size", "1M") as (process, lines):
@@ -169,6 +171,39 @@ def test_a_directory_is_taken_up_again(tmp_path: Path) -> None:
         ):
             epoch = access.epoch
     assert epoch >= 2, "an epoch was given out twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_demonstration_and_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "leasehold.client.cli", "demo"]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            for line in process.stdout:
+                if "granted" in line:
+                    break
+            # The second, as of somebody impatient, must not get in the way of the first.
+            process.send_signal(number)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=SOON)
+        finally:
+            process.kill()
+        assert process.returncode == 128 + number, told
+        assert "Traceback" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Unusable, match=rf"port {port} of 127\.0\.0\.1: Address already in use: name"):
+            DevCluster(tmp_path, etcd_port=port).start()
+    # And it can be used again at once.
+    Workplace.enter(tmp_path).leave()
 
 
 def test_the_demonstration() -> None:

@@ -21,7 +21,7 @@ from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
 from leasehold.client.modes import Mode
 from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
-from leasehold.client.process import DevFailed
+from leasehold.client.process import DevFailed, Unusable
 
 if TYPE_CHECKING:
     from leasehold.client.changes import Progress
@@ -41,7 +41,7 @@ class _Group(typer.core.TyperGroup):
         except LeaseholdError as error:
             say(str(error))
             raise typer.Exit(exits.code_of(error)) from error
-        except (NotInstalled, NoEtcd) as error:
+        except (NotInstalled, NoEtcd, Unusable) as error:
             say(str(error))
             raise typer.Exit(exits.USAGE) from error
         except DevFailed as error:
@@ -156,10 +156,8 @@ def dev(
     """
     from leasehold.client.dev import DevCluster  # noqa: PLC0415
 
-    _made(directory)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _on_end(lambda _: stop.set())
     cluster = DevCluster(directory, devices=devices, size=_bytes(size), ttl=ttl, etcd_port=etcd_port, say=say)
     with cluster:
         for line in cluster.instructions():
@@ -173,8 +171,11 @@ def demo(directory: Directory = None) -> None:
     """Show on a cluster of its own that what is promised holds, with the times it takes."""
     from leasehold.client import demo as demonstration  # noqa: PLC0415
 
-    _made(directory)
-    raise typer.Exit(demonstration.show(directory, say))
+    _on_end(_interrupt)
+    try:
+        raise typer.Exit(demonstration.show(directory, say))
+    except _Ended as error:
+        raise typer.Exit(128 + error.number) from error
 
 
 def main() -> None:
@@ -197,12 +198,37 @@ def _progress(device: str) -> "Callable[[Progress], None]":
     return tell
 
 
-def _made(directory: Path | None) -> None:
-    try:
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{error.filename}: {error.strerror}", param_hint="--directory") from error
+class _Ended(KeyboardInterrupt):
+    """A signal that ends a program. Derived from what the event loop lets through."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _interrupt(number: int) -> None:
+    raise _Ended(number)
+
+
+def _on_end(act: Callable[[int], None]) -> None:
+    """Do `act` at Ctrl-C, SIGTERM, or when the terminal goes.
+
+    Once: a second one must not keep what is being stopped from being stopped in order and removed.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # nohup means it.
+        numbers.remove(signal.SIGHUP)
+    ending = False
+
+    def handle(number: int, _: object) -> None:
+        nonlocal ending
+        if not ending:
+            ending = True
+            act(number)
+
+    for number in numbers:
+        signal.signal(number, handle)
 
 
 def _bytes(text: str) -> int:

@@ -15,10 +15,8 @@ import http.client
 import json
 import random
 import shlex
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +26,11 @@ import grpc
 
 from leasehold.client import etcd as etcd_member
 from leasehold.client.clock import now
-from leasehold.client.process import DevFailed, Nursery, Process, pause_until
+from leasehold.client.process import DevFailed, Nursery, Process, Unusable, pause_until
+from leasehold.client.workplace import Workplace
 from leasehold.v1 import devices_pb2, devices_pb2_grpc, records_pb2
 
-__all__ = ["DevCluster", "DevFailed"]
+__all__ = ["DevCluster", "DevFailed", "Unusable"]
 
 HOST = "127.0.0.1"
 SIZE = 64 << 20
@@ -74,11 +73,12 @@ class DevCluster:
         slots: int = 256,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.directory = Path() if directory is None else directory.resolve()
+        self.directory = Path() if directory is None else directory
         self.coordinators: dict[str, Process] = {}
         self.controllers: dict[str, Process] = {}
         self.etcd_binary: etcd_member.Binary | None = None
-        self._temporary = directory is None
+        self._wanted = directory
+        self._workplace: Workplace | None = None
         self._devices = [f"disk-{number}" for number in range(1, devices + 1)]
         self._size = size
         self._ttl = ttl
@@ -93,14 +93,14 @@ class DevCluster:
     def start(self) -> None:
         """Bring everything up; returns once all of it serves.
 
-        Raises `DevFailed` with the end of the log concerned, `NoEtcd` of `leasehold.client.etcd` when there
-        is none that could be used. Nothing is left running then.
+        Raises `DevFailed` with the end of the log concerned, `Unusable` for a directory or port, `NoEtcd` of
+        `leasehold.client.etcd` when there is none that could be used. Nothing is left running then.
         """
         self.etcd_binary = etcd_member.find()
         if self.etcd_binary.warning:
             self._say(self.etcd_binary.warning)
-        if self._temporary:
-            self.directory = Path(tempfile.mkdtemp(prefix="leasehold-"))
+        self._workplace = Workplace.enter(self._wanted)
+        self.directory = self._workplace.path
         try:
             self._start(self.etcd_binary)
         except BaseException:
@@ -120,9 +120,9 @@ class DevCluster:
             self._nursery.close()
             self._nursery = None
         self.coordinators, self.controllers, self._etcd = {}, {}, None
-        if self._temporary and self.directory != Path():
-            shutil.rmtree(self.directory)
-            self.directory = Path()
+        if self._workplace is not None:
+            self._workplace.leave()
+            self._workplace = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -186,7 +186,6 @@ class DevCluster:
     def add_device(self, device: str, *, size: int | None = None, controllers: Sequence[str] = ()) -> None:
         """Make one more device, with an image of its own, eligible on `controllers` or all."""
         image = self.device_image(device)
-        image.parent.mkdir(exist_ok=True)
         try:
             with image.open("ab") as file:
                 file.truncate(self._size if size is None else size)
@@ -223,10 +222,7 @@ class DevCluster:
 
     def _start(self, binary: etcd_member.Binary) -> None:
         self._nursery = Nursery()
-        for name in ("logs", "config", "devices", "etcd"):
-            (self.directory / name).mkdir(parents=True, exist_ok=True)
-        (self.directory / "etcd").chmod(0o700)
-        client = free_port() if self._etcd_port == 0 else self._etcd_port
+        client = free_port() if self._etcd_port == 0 else _wanted_port(self._etcd_port)
         arguments = etcd_member.command(
             binary, self.directory / "etcd", f"http://{HOST}:{client}", f"http://{HOST}:{free_port()}"
         )
@@ -312,6 +308,20 @@ def free_port() -> int:
                 continue
             return port
     raise DevFailed("no free port was found on the loopback")
+
+
+def _wanted_port(port: int) -> int:
+    """`port`. Raises `Unusable` where etcd would only fail with it."""
+    with socket.socket() as tried:
+        # As etcd does: connections of an earlier one may not be forgotten yet.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as error:
+            raise Unusable(
+                f"etcd can not have port {port} of {HOST}: {error.strerror}: name another, or 0 for any"
+            ) from error
+    return port
 
 
 def _healthy(endpoint: str) -> bool:

@@ -22,6 +22,10 @@ class DevFailed(Exception):
     """A development cluster could not be brought up. The message has the end of the log concerned."""
 
 
+class Unusable(DevFailed):
+    """A directory or a port can not be used. The message says what to do."""
+
+
 class Nursery:
     """Starts processes that die with this one.
 
