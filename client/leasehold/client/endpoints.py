@@ -101,8 +101,8 @@ class Endpoints:
 
         It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
         again until `until` (of `clock.now`). It must therefore be harmless to repeat. Where all that answer
-        are busy, it is after the time that they told, but never more than `longest` seconds later. `failed` is
-        told of every round in which nobody helped, but for the last.
+        are busy, it is after the time that they told, but at most `longest` seconds later. `failed` is told of
+        every round in which nobody helped, but for the last.
 
         Raises `NoCoordinator` or `Busy` if nobody answered by then, `Untrusted` at once if certificates keep
         all of them from it and nobody ever answered, and any other answer as the error it stands for.
@@ -159,8 +159,8 @@ class Endpoints:
 
 
 def _until(until: float, longest: float) -> Callable[[RetryCallState], float]:
-    """Longer and longer pauses, but none shorter than a busy one asked for, nor longer than `longest`. The last
-    leaves time for one more round."""
+    """Longer and longer pauses, none shorter than a busy one asked for, but none longer than `longest`. The
+    last leaves time for one more round."""
     growing = wait_random_exponential(multiplier=0.05, max=1.0)
     return lambda state: min(max(growing(state), _wished(state)), longest, max(until - now() - LEAST, 0.0))
 

@@ -111,7 +111,7 @@ class Session:
         while True:
             until, longest = since + self._timeout, math.inf
             if self._contact is not None:
-                # However busy everybody is: one answer that is missed must not be all that the access has left.
+                # However busy everybody is: one try that fails must not be all that the access has left.
                 until, longest = self._contact + self.ttl, self.ttl / 4
             try:
                 address, (call, first) = await self._endpoints.ask(

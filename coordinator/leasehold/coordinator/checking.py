@@ -33,7 +33,7 @@ from leasehold.v1 import checks_pb2, checks_pb2_grpc, records_pb2
 _log = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Seconds that a controller may take. Clients give a coordinator 3 s before they ask another one."""
+"""Seconds that controllers may take, all of them. Clients give a coordinator 3 s before they ask another."""
 AT_ONCE = 64
 """How many controllers are asked at the same time."""
 SHOWN = 6
@@ -79,10 +79,14 @@ class Checker:
 
     async def _ask_all(self, spec: Device, controllers: Sequence[Controller]) -> list[str]:
         limit = asyncio.Semaphore(AT_ONCE)
+        end = asyncio.get_running_loop().time() + PATIENCE
 
         async def limited(controller: Controller) -> str:
-            async with limit:
-                return await self._ask(spec, controller)
+            try:
+                async with asyncio.timeout_at(end), limit:
+                    return await self._ask(spec, controller)
+            except TimeoutError:
+                return f"{controller.endpoint} did not answer in the {PATIENCE:g} s that all have together"
 
         try:
             async with asyncio.TaskGroup() as group:

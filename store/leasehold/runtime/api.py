@@ -125,7 +125,7 @@ async def answering(
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the edge: every error becomes an answer
-        await ApiError.of(error).abort(context)
+        await _end(context, ApiError.of(error))
 
 
 async def streaming(
