@@ -101,8 +101,8 @@ class Endpoints:
 
         It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
         again until `until` (of `clock.now`). It must therefore be harmless to repeat. Where all that answer
-        are busy, it is after the time that they told, but at most `longest` seconds later. `failed` is told of
-        every round in which nobody helped, but for the last.
+        are busy, it is after the time that they told, but at most `longest` seconds later. `failed` is told
+        of every round in which nobody helped, but for the last.
 
         Raises `NoCoordinator` or `Busy` if nobody answered by then, `Untrusted` at once if certificates keep
         all of them from it and nobody ever answered, and any other answer as the error it stands for.

@@ -83,10 +83,14 @@ class Checker:
 
         async def limited(controller: Controller) -> str:
             try:
-                async with asyncio.timeout_at(end), limit:
-                    return await self._ask(spec, controller)
+                async with asyncio.timeout_at(end):
+                    await limit.acquire()
             except TimeoutError:
-                return f"{controller.endpoint} did not answer in the {PATIENCE:g} s that all have together"
+                return f"it was not asked: others did not answer within {PATIENCE:g} s"
+            try:
+                return await self._ask(spec, controller, max(end - asyncio.get_running_loop().time(), 0.0))
+            finally:
+                limit.release()
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -95,8 +99,8 @@ class Checker:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, spec: Device, controller: Controller) -> str:
-        """Why `controller` could not serve the device, empty if it could.
+    async def _ask(self, spec: Device, controller: Controller, left: float) -> str:
+        """Why `controller` could not serve the device, empty if it could. `left` is in seconds.
 
         Raises `ApiError` if nobody could: the driver can not use a parameter.
         """
@@ -107,7 +111,7 @@ class Checker:
             async with self._peers.channel(controller) as channel:
                 stub = checks_pb2_grpc.CheckServiceStub(channel)
                 answer: checks_pb2.CheckDeviceResponse = await stub.CheckDevice(  # type: ignore[misc]
-                    request, timeout=PATIENCE
+                    request, timeout=left
                 )
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
