@@ -12,7 +12,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.clock import boottime_ns
+from leasehold.store.clock import NANOSECONDS, boottime_ns
 from leasehold.store.codec import Stored, Unreadable, decode
 from leasehold.store.connection import Connection
 from leasehold.store.keys import Keys
@@ -37,11 +37,10 @@ from leasehold.store.records import (
     RequestState,
     check_id,
 )
+from leasehold.store.requests import turn
 from leasehold.store.watch import Batch, Gap, follow
 
 _log = logging.getLogger(__name__)
-
-_SECOND = 1_000_000_000
 
 _TOP: dict[str, type[Any]] = {
     "devices": Device,
@@ -194,11 +193,13 @@ class Cluster:
         if device not in self._rested:
             return {}
         now = self._clock()
-        return {name: (until - now) / _SECOND for name, until in self._rested[device].items() if until > now}
+        return {
+            name: (until - now) / NANOSECONDS for name, until in self._rested[device].items() if until > now
+        }
 
     def _queue(self, device: DeviceId) -> Iterator[Waiting]:
         entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
-        ordered = sorted(entries.values(), key=lambda item: (-item.value.priority, item.create_revision))
+        ordered = sorted(entries.values(), key=turn)
         for entry in ordered:
             stored = self.requests.get(entry.value.request)
             if stored is None or stored.value.device != device:
@@ -286,7 +287,7 @@ class Cluster:
             return
         doubled = min(max(failed.value.failures, 1) - 1, 10)
         rest = min(FIRST_REST * 2**doubled, LONGEST_REST)
-        self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * _SECOND)
+        self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * NANOSECONDS)
 
     def _apply_top(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
         records = self._top[kind]

@@ -11,6 +11,7 @@ from leasehold.store.codec import Stored, decode
 from leasehold.store.kv import Get, KeyValue, Kv, Snapshot, get, get_prefix
 from leasehold.store.ownership import device_reads, device_state
 from leasehold.store.records import AccessRequest, DeviceId, QueueEntry, RequestId
+from leasehold.store.requests import turn
 
 
 class Reader:
@@ -27,7 +28,7 @@ class Reader:
         key = self._cluster.keys.request(request)
         view, rest = await self._read(device, get(key))
         if not rest[0]:
-            raise _none(request)
+            raise no_request(request)
         return decode(AccessRequest, rest[0][0]), view
 
     async def device(self, device: DeviceId) -> DeviceView:
@@ -52,7 +53,7 @@ class Reader:
         state = device_state(device, revision, ranges)
         mirrored = self._cluster.view(device)
         queued = [decode(QueueEntry, item) for item in ranges[len(reads)]]
-        queued.sort(key=lambda entry: (-entry.value.priority, entry.create_revision))
+        queued.sort(key=turn)
         known = {waiting.request.request: waiting for waiting in mirrored.queue}
         queue = tuple(known[entry.value.request] for entry in queued if entry.value.request in known)
         view = replace(mirrored, state=state, queue=queue)
@@ -61,11 +62,11 @@ class Reader:
     async def _device_of(self, request: RequestId) -> DeviceId:
         found = await self._kv.get(self._cluster.keys.request(request))
         if found is None:
-            raise _none(request)
+            raise no_request(request)
         return decode(AccessRequest, found).value.device
 
 
-def _none(request: RequestId) -> ApiError:
+def no_request(request: RequestId) -> ApiError:
     return ApiError(
         grpc.StatusCode.NOT_FOUND,
         "NO_SUCH_REQUEST",

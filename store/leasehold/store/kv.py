@@ -86,7 +86,6 @@ class Put:
 @dataclass(frozen=True, slots=True)
 class Delete:
     key: str
-    prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +153,6 @@ def put(key: str, value: bytes, lease: int = 0, keep_lease: bool = False) -> Put
 
 def delete(key: str) -> Delete:
     return Delete(key)
-
-
-def delete_prefix(prefix: str) -> Delete:
-    return Delete(_checked(prefix), prefix=True)
 
 
 def get(key: str) -> Get:
@@ -314,8 +309,7 @@ def _operation(operation: Operation) -> kv_pb2.RequestOp:
             )
             return kv_pb2.RequestOp(request_put=put_request)
         case Delete():
-            end = range_end(operation.key) if operation.prefix else b""
-            return kv_pb2.RequestOp(request_delete_range=kv_pb2.DeleteRangeRequest(key=key, range_end=end))
+            return kv_pb2.RequestOp(request_delete_range=kv_pb2.DeleteRangeRequest(key=key))
         case Get():
             end = range_end(operation.key) if operation.prefix else b""
             range_request = kv_pb2.RangeRequest(key=key, range_end=end, limit=operation.limit)

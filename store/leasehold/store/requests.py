@@ -53,6 +53,11 @@ class QueueSeen:
         return none_newer(keys.queue(self.device), self.revision)
 
 
+def turn(entry: Stored[QueueEntry]) -> tuple[int, int]:
+    """By what the queue of a device is sorted: priority, the highest first, and arrival."""
+    return -entry.value.priority, entry.create_revision
+
+
 def submit(keys: Keys, request: AccessRequest) -> Transaction:
     """A new request stands in the queue of its device. Its access lease must be alive."""
     change = new_change_id()
