@@ -24,7 +24,7 @@ from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
-from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
@@ -160,6 +160,9 @@ class _Registration:
                 _log.warning("waiting for it to be gone: %s", error)
             except (Unavailable, OutcomeUnknown, SessionLost) as error:
                 _log.warning("not registered yet: %s", error)
+            except NameSpoiled as spoiled:
+                await changed(self._kv, spoiled)
+                continue
             else:
                 return
             await asyncio.sleep(RETRY)
