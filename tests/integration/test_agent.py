@@ -632,8 +632,8 @@ async def test_garbage_under_its_name_is_told_and_waited_for(
 
     async def told() -> bool | None:
         return (
-            (f"delete it: etcdctl del {key}" in caplog.text and repr(GARBAGE.decode()) in caplog.text) or None
-        )
+            f"delete it: etcdctl del {key}" in caplog.text and repr(GARBAGE.decode()) in caplog.text
+        ) or None
 
     await eventually(told)
     assert not starting.done()

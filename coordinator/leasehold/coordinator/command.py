@@ -108,12 +108,16 @@ async def _serve(config: CoordinatorConfig) -> None:
         access_pb2_grpc.add_AccessServiceServicer_to_server(
             AccessService(cluster, ledger, leases, peers, admission), add
         )
-        devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger, checker), add)
-        controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
-        controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-            CoordinatorService(cluster, ledger), add
+        devices_pb2_grpc.add_DeviceServiceServicer_to_server(
+            DeviceService(cluster, ledger, checker, admission), add
         )
-        history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(cluster, ledger), add)
+        controllers_pb2_grpc.add_ControllerServiceServicer_to_server(
+            ControllerService(ledger, admission), add
+        )
+        controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+            CoordinatorService(ledger, admission), add
+        )
+        history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(ledger, admission), add)
         registration = _Registration(config, ledger.kv, keeper)
         try:
             async with asyncio.TaskGroup() as group:

@@ -27,7 +27,7 @@ class ControllerStatus(google.protobuf.message.Message):
 
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The devices it holds."""
+        """The devices that are assigned to it: those it holds."""
 
     def __init__(
         self,
