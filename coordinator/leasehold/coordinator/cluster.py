@@ -110,6 +110,7 @@ class Cluster:
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
+        self._arrived: dict[str, int] = {}
         self._views: dict[DeviceId, DeviceView] = {}
 
     # What it shows.
@@ -149,6 +150,15 @@ class Cluster:
     def waiting(self, device: DeviceId) -> int:
         """How many wait for a device."""
         return len(self._nested["queue"].get(device, ()))
+
+    def waited(self, request: RequestId) -> float:
+        """Seconds for which it has been seen to wait here; 0 if it does not wait.
+
+        Every coordinator counts, by its own clock, so that what a request has waited is not forgotten when
+        another one comes to plan its device. It is never too much.
+        """
+        arrived = self._arrived.get(request)
+        return 0.0 if arrived is None else (self._clock() - arrived) / NANOSECONDS
 
     def state(self, device: DeviceId) -> DeviceState:
         """The control of a device, as the ownership transactions want it."""
@@ -242,11 +252,12 @@ class Cluster:
 
         How long ago a failure was that was not seen happen nobody knows: who failed is tried again.
         """
-        rested = self._rested
+        rested, arrived = self._rested, self._arrived
         self._clear()
         for item in snapshot.items:
             self._apply(item.key, item)
         self._rested = {device: known for device, known in rested.items() if device in self._rested}
+        self._arrived = {name: arrived.get(name, now) for name, now in self._arrived.items()}
         self.revision = snapshot.revision
 
     def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
@@ -261,6 +272,10 @@ class Cluster:
             return self._apply_top(kind, rest, key, kv)
         device = DeviceId(parts[0])
         stored = self._put(self._nested[kind][device], kind, parts[1], key, kv)
+        if kind == "queue" and stored is None:
+            self._arrived.pop(parts[1], None)
+        elif kind == "queue":
+            self._arrived.setdefault(parts[1], self._clock())
         if kind == "availability":
             self._let_rest(device, ControllerId(parts[1]), stored)
         return device
