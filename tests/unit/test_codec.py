@@ -71,6 +71,7 @@ FULL: tuple[Record, ...] = (
         draining=True,
         software="0.1.0",
         drain_seconds=5,
+        fencer_lacks=("locked memory", "a watchdog"),
     ),
     Coordinator(
         coordinator=CoordinatorId("c"), instance=ONE, session_lease=SESSION, endpoint="h:2", software="0.1.0"

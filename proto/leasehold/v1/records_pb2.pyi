@@ -292,6 +292,7 @@ class Controller(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
     DRAIN_SECONDS_FIELD_NUMBER: builtins.int
+    FENCER_LACKS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     controller: builtins.str
@@ -314,6 +315,10 @@ class Controller(google.protobuf.message.Message):
     def drivers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The drivers it has."""
 
+    @property
+    def fencer_lacks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What its fencer would need to be sure to act in time, and has not, in words for a person."""
+
     def __init__(
         self,
         *,
@@ -327,8 +332,9 @@ class Controller(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         software: builtins.str = ...,
         drain_seconds: builtins.int = ...,
+        fencer_lacks: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 

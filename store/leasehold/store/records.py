@@ -160,6 +160,7 @@ class Controller:
     draining: bool = False
     software: str = ""
     drain_seconds: int = 0
+    fencer_lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

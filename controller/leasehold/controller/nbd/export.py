@@ -49,8 +49,17 @@ class Export:
     """See the module for the states. Every method may be called from any thread."""
 
     def __init__(
-        self, name: str, backing: Backing, gate: Gate, slot: int, epoch: int, *, read_only: bool
+        self,
+        name: str,
+        backing: Backing,
+        gate: Gate,
+        slot: int,
+        epoch: int,
+        *,
+        read_only: bool,
+        occupancy: memoryview[int] | None = None,
     ) -> None:
+        """`occupancy[slot]` will say how many are inside; it is only for a fencer to see."""
         self.name = name
         self.backing = backing
         self.slot = slot
@@ -61,6 +70,9 @@ class Export:
         self._gate = gate
         self._state = State.PREPARED
         self._inside = 0
+        self._occupants = 0
+        """Of those inside, the ones that may still begin to read or write."""
+        self._occupancy = memoryview(bytearray(8 * (slot + 1))).cast("Q") if occupancy is None else occupancy
         self._ended = False
         self._unproved: OSError | None = None
         self._connections: set[Abortable] = set()
@@ -105,14 +117,26 @@ class Export:
                 return
             if self._state is not State.PREPARED:
                 raise Refused(f"{self.name} is being withdrawn")
-            self.guard()
-            block = memoryview(bytearray(min(_PROBE, self.backing.size)))
-            self.backing.read_into(block, 0)
-            if not self.read_only:
-                self.guard()
-                self.backing.write(block, 0)
-                self.backing.sync()
+            self._occupy(1)
+            try:
+                self._probe()
+            finally:
+                self._occupy(-1)
             self._state = State.OPEN
+
+    def _probe(self) -> None:
+        self.guard()
+        block = memoryview(bytearray(min(_PROBE, self.backing.size)))
+        self.backing.read_into(block, 0)
+        if not self.read_only:
+            self.guard()
+            self.backing.write(block, 0)
+            self.backing.sync()
+
+    def _occupy(self, by: int) -> None:
+        """Under the lock, whose release keeps this store before the look at the gate that follows."""
+        self._occupants += by
+        self._occupancy[self.slot] = self._occupants
 
     def attach(self, connection: Abortable) -> bool:
         """Count a client in. False if it may not come in."""
@@ -132,12 +156,17 @@ class Export:
             if self._state is not State.OPEN:
                 raise Refused(f"{self.name} is being withdrawn")
             self._inside += 1
+            self._occupy(1)
 
     def end(self) -> None:
         with self._changed:
-            self._inside -= 1
-            if self._inside == 0 and self._state is not State.OPEN:
-                self._changed.notify_all()
+            self._occupy(-1)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if self._inside == 0 and self._state is not State.OPEN:
+            self._changed.notify_all()
 
     def guard(self) -> None:
         """Raise Refused unless the backing may be touched at this moment. Right before touching it."""
@@ -171,7 +200,9 @@ class Export:
                 with contextlib.suppress(OSError):
                     self.backing.sync()
         finally:
-            self.end()
+            # No occupant: it lets nothing in that was not there, and to kill it would make nothing durable.
+            with self._changed:
+                self._leave()
 
     def withdraw(self, drain: float) -> None:
         """Go to GONE. Requests under way have `drain` seconds to finish.
