@@ -50,7 +50,7 @@ LOCK = "fencer.lock"
 HARMLESS = "LEASEHOLD_TEST_HARMLESS_FENCER"
 """Set in the environment of a test, this fencer ends nothing: the test sees what it is there for."""
 
-LOOK = 200_000_000
+LOOK = 250_000_000
 """ns."""
 _END = 3_000_000_000
 """ns for workers and filesystems to be over once the controller is dead; then they hang in a device."""

@@ -18,7 +18,7 @@ from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.filesystem import mount_api
 from leasehold.controller.gate import Gate
 
-GRACE = 300_000_000
+GRACE = 250_000_000
 """ns. With the time until a shut gate is seen it is half of the least margin, and of the least hold-off."""
 SURE = 500_000_000
 """ns until what was killed or shut down has to be known to be over."""

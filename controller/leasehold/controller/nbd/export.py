@@ -59,7 +59,7 @@ class Export:
         read_only: bool,
         occupancy: memoryview[int] | None = None,
     ) -> None:
-        """`occupancy[slot]` will say how many are inside; it is only for a fencer to see."""
+        """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see."""
         self.name = name
         self.backing = backing
         self.slot = slot
@@ -72,7 +72,7 @@ class Export:
         self._inside = 0
         self._occupants = 0
         """Of those inside, the ones that may still begin to read or write."""
-        self._occupancy = memoryview(bytearray(8 * (slot + 1))).cast("Q") if occupancy is None else occupancy
+        self._occupancy = memoryview(bytearray(slot + 1)) if occupancy is None else occupancy
         self._ended = False
         self._unproved: OSError | None = None
         self._connections: set[Abortable] = set()
@@ -117,11 +117,11 @@ class Export:
                 return
             if self._state is not State.PREPARED:
                 raise Refused(f"{self.name} is being withdrawn")
-            self._occupy(1)
+            self._occupancy[self.slot] = 1
             try:
                 self._probe()
             finally:
-                self._occupy(-1)
+                self._occupancy[self.slot] = 0
             self._state = State.OPEN
 
     def _probe(self) -> None:
@@ -132,11 +132,6 @@ class Export:
             self.guard()
             self.backing.write(block, 0)
             self.backing.sync()
-
-    def _occupy(self, by: int) -> None:
-        """Under the lock, whose release keeps this store before the look at the gate that follows."""
-        self._occupants += by
-        self._occupancy[self.slot] = self._occupants
 
     def attach(self, connection: Abortable) -> bool:
         """Count a client in. False if it may not come in."""
@@ -156,17 +151,17 @@ class Export:
             if self._state is not State.OPEN:
                 raise Refused(f"{self.name} is being withdrawn")
             self._inside += 1
-            self._occupy(1)
+            self._occupants += 1
+            self._occupancy[self.slot] = 1
 
     def end(self) -> None:
         with self._changed:
-            self._occupy(-1)
-            self._leave()
-
-    def _leave(self) -> None:
-        self._inside -= 1
-        if self._inside == 0 and self._state is not State.OPEN:
-            self._changed.notify_all()
+            self._occupants -= 1
+            if self._occupants == 0:
+                self._occupancy[self.slot] = 0
+            self._inside -= 1
+            if self._inside == 0 and self._state is not State.OPEN:
+                self._changed.notify_all()
 
     def guard(self) -> None:
         """Raise Refused unless the backing may be touched at this moment. Right before touching it."""
@@ -202,7 +197,8 @@ class Export:
         finally:
             # No occupant: it lets nothing in that was not there, and to kill it would make nothing durable.
             with self._changed:
-                self._leave()
+                self._inside -= 1
+                self._changed.notify_all()
 
     def withdraw(self, drain: float) -> None:
         """Go to GONE. Requests under way have `drain` seconds to finish.

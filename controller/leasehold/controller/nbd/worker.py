@@ -41,7 +41,7 @@ _ORDERED = frozenset({"export", "open", "withdraw"})
 _STACK = 512 << 10
 _SHORTEST_WATCH = 0.05
 _LONGEST_WATCH = 1.0
-_USED_WATCH = 0.2
+_USED_WATCH = 0.1
 """While clients are there: one that takes its time with a request is inside the device as far as the fencer
 can tell, and has to be thrown out before the fencer loses patience with the worker."""
 _PR_SET_PDEATHSIG = 1
@@ -66,7 +66,7 @@ class Worker:
     def __init__(self, config: Config) -> None:
         self._gate = Gate.attach(Path(config.gate))
         shared = config.occupancy_fd >= 0
-        self._occupancy = Occupancy(config.occupancy_fd, writable=True).words if shared else None
+        self._occupancy = Occupancy(config.occupancy_fd, writable=True).marks if shared else None
         self._listener = socket.socket(fileno=config.listen_fd)
         self._control = socket.socket(fileno=config.control_fd)
         self._sending = threading.Lock()
