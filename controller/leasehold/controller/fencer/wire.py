@@ -29,12 +29,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from typing import Any
 
 Message = dict[str, Any]
 
 MAX_BYTES = 64 << 10
 _MOST_FDS = 4
+_INT = struct.Struct("i")
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -52,8 +54,15 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[Message, list[int]] | 
 
     Raises OSError, and ValueError if it is no message.
     """
-    # The kernel's flag and not one set later: no child of another thread shall inherit them.
-    data, fds, _, _ = socket.recv_fds(sock, MAX_BYTES, _MOST_FDS, flags | socket.MSG_CMSG_CLOEXEC)
+    # Not `socket.recv_fds`, which leaves its flags out. With this one no child of another thread inherits them.
+    flags |= socket.MSG_CMSG_CLOEXEC
+    data, controls, _, _ = sock.recvmsg(MAX_BYTES, socket.CMSG_SPACE(_MOST_FDS * _INT.size), flags)
+    fds = [
+        fd
+        for level, kind, content in controls
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in _INT.iter_unpack(content[: len(content) // _INT.size * _INT.size])
+    ]
     if not data:
         for fd in fds:
             os.close(fd)
