@@ -99,6 +99,18 @@ def make_ext4(file: Path) -> None:
     run("mkfs.ext4", "-q", "-F", str(file))
 
 
+def states(process: int) -> set[str]:
+    """Those of its threads: T is stopped, D waits without heeding any signal."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+
+
+async def stop(process: int) -> None:
+    """SIGSTOP, and return once none of its threads runs."""
+    os.kill(process, signal.SIGSTOP)
+    await until(lambda: states(process) == {"T"})
+
+
 def children(pid: int, module: str) -> list[int]:
     """The processes that `pid` started to run `module`."""
     found = []
@@ -356,9 +368,11 @@ async def test_a_write_held_up_past_its_deadline_never_lands(controllers: Contro
     await controllers.start("b")
     worker = controllers.death(await controllers.hold_up_a_write())
     if "worker" in stopped:
-        os.kill(worker.pid, signal.SIGSTOP)
-    number = signal.SIGSTOP if "controller" in stopped else signal.SIGUSR1
-    os.kill(controllers.pid("a"), number)
+        await stop(worker.pid)
+    if "controller" in stopped:
+        await stop(controllers.pid("a"))
+    else:
+        os.kill(controllers.pid("a"), signal.SIGUSR1)
     await worker.within(TTL)
     measure(worker.at, controllers.deadline("a"))
     assert await controllers.vacated("a") > worker.at
@@ -380,8 +394,8 @@ async def test_with_the_guard_off_the_stale_block_is_there(controllers: Controll
     await controllers.start("b")
     worker = await controllers.hold_up_a_write()
     if "worker" in stopped:
-        os.kill(worker, signal.SIGSTOP)
-    os.kill(controllers.pid("a"), signal.SIGSTOP)
+        await stop(worker)
+    await stop(controllers.pid("a"))
     await controllers.overwrite(await controllers.served("b"))
     controllers.let_go()
     os.kill(worker, signal.SIGCONT)
@@ -394,7 +408,7 @@ async def test_a_stopped_worker_whose_lease_is_revoked_is_dead_before_a_successo
     await controllers.start("a", PYTHONPATH=str(controllers.directory / "hold-up"))
     await controllers.start("b")
     worker = controllers.death(await controllers.hold_up_a_write())
-    os.kill(worker.pid, signal.SIGSTOP)
+    await stop(worker.pid)
     controllers.let_go()
     state = await controllers.installation.state()
     assert state.holder is not None
@@ -412,8 +426,8 @@ async def test_a_controller_killed_while_it_is_stopped_leaves_nothing(controller
     worker = controllers.death(await controllers.hold_up_a_write())
     fencer = controllers.death(controllers.child("a", "fencer.process"))
     deadline = controllers.deadline("a")
-    os.kill(controllers.pid("a"), signal.SIGSTOP)
-    os.kill(worker.pid, signal.SIGSTOP)
+    await stop(controllers.pid("a"))
+    await stop(worker.pid)
     os.kill(controllers.pid("a"), signal.SIGKILL)
     controllers.let_go()
     assert await worker.within(TTL) < deadline
@@ -529,9 +543,9 @@ async def test_a_filesystem_whose_steward_is_stopped_is_shut_down_in_time(
     (mounted / "file").write_text("content")
     os.sync()
     steward = controllers.child("a", "filesystem.steward")
-    os.kill(steward, signal.SIGSTOP)
+    await stop(steward)
     if "controller" in stopped:
-        os.kill(controllers.pid("a"), signal.SIGSTOP)
+        await stop(controllers.pid("a"))
         await until(lambda: shut_down(mounted))
         measure(now(), controllers.deadline("a"))
     else:
@@ -558,7 +572,7 @@ async def test_controller_killed_and_steward_stopped_leave_no_mount(
 ) -> None:
     steward = controllers.child("a", "filesystem.steward")
     deadline = controllers.deadline("a")
-    os.kill(steward, signal.SIGSTOP)
+    await stop(steward)
     os.kill(controllers.pid("a"), signal.SIGKILL)
     await until(lambda: shut_down(mounted))
     assert now() < deadline
@@ -579,14 +593,6 @@ def frozen(tmp_path: Path) -> Iterator[Path]:
         run("umount", str(mounted))
 
 
-def hangs(process: int) -> bool:
-    """Whether a thread of it waits without heeding any signal."""
-    states = [
-        (task / "stat").read_text().rpartition(")")[2] for task in Path(f"/proc/{process}/task").iterdir()
-    ]
-    return any(state.split()[0] == "D" for state in states)
-
-
 @pytest.mark.needs("mkfs.ext4")
 async def test_the_watchdog_is_not_fed_while_a_worker_does_not_die(
     frozen: Path, controllers: Controllers, watchdog: Watchdog
@@ -600,8 +606,8 @@ async def test_the_watchdog_is_not_fed_while_a_worker_does_not_die(
     run("fsfreeze", "-f", str(frozen))
     try:
         await controllers.write(STALE, path)
-        await until(lambda: hangs(worker.pid))
-        os.kill(controllers.pid("a"), signal.SIGSTOP)
+        await until(lambda: "D" in states(worker.pid))
+        await stop(controllers.pid("a"))
         deadline = controllers.deadline("a")
         await until(lambda: now() > deadline + MARGIN)
         watchdog.fed()

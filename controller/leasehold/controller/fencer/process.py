@@ -114,10 +114,13 @@ class Fencer:
             time.sleep(0.005)
 
     def _lacks(self) -> list[str]:
+        lacks = [f"any force, as {HARMLESS} is set"] if self._harmless else []
+        timeout = None if self._watchdog is None else self._watchdog.timeout()
         if self._watchdog is None:
-            return ["a watchdog"]
-        timeout = self._watchdog.timeout()
-        return [] if timeout is None or timeout <= 1 else [f"a watchdog quicker than {timeout} s"]
+            lacks.append("a watchdog")
+        elif timeout is not None and timeout > 1:
+            lacks.append(f"a watchdog quicker than {timeout} s")
+        return lacks
 
     # Looking.
 

@@ -54,7 +54,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[Message, list[int]] | 
 
     Raises OSError, and ValueError if it is no message.
     """
-    # Not `socket.recv_fds`, which leaves its flags out. With this one no child of another thread inherits them.
+    # Not `socket.recv_fds`, which leaves flags out. By this one no child of another thread inherits them.
     flags |= socket.MSG_CMSG_CLOEXEC
     data, controls, _, _ = sock.recvmsg(MAX_BYTES, socket.CMSG_SPACE(_MOST_FDS * _INT.size), flags)
     fds = [
