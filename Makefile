@@ -11,9 +11,10 @@ demo: .venv/.demo
 	$(BIN)/leasehold demo
 
 # Everything, except what an absent system tool makes impossible: the summary names each such test and tool.
-# With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest.
+# With LEASEHOLD_REQUIRE_ALL=1 an absent tool is a failure. ARGS goes to pytest. Most of the time is spent waiting
+# for leases to run out, so four processes share it even on two cores.
 test: .venv/.dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
 
 # Whatever can break, broken at random for LEASEHOLD_CHAOS seconds; LEASEHOLD_SEED repeats a plan.
 chaos: .venv/.dev
@@ -47,8 +48,11 @@ define stubs
 	  --mypy_out=quiet:$(1) proto/leasehold/etcd/v3/*.proto
 endef
 
+# What is left of an environment that could not be made would only fail in another way the next time.
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Leasehold needs Python 3.11 or newer: name one by make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.demo: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo]'

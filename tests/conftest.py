@@ -1,6 +1,7 @@
 """What every test may use: a shared etcd, and the mark that names the system tools it needs."""
 
 import itertools
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -9,6 +10,9 @@ from equipment import find_tool, missing
 from etcd_server import EtcdServer, program
 from installation import Installation
 from leasehold.store.connection import Connection, EtcdConfig
+
+# gRPC tells stderr of connections that a test ends on purpose. It reads this when it makes the first one.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _prefixes = (f"/test-{number}/" for number in itertools.count(1))
 

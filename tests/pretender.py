@@ -96,7 +96,9 @@ class Pretender:
         serving = Serving(grants=state.grants)
         if state.holder and state.holder.value.request:
             waiting = await self.installation.waiting(state.holder.value.request)
-            serving = Serving(grants=state.grants, request=waiting.request, client=waiting.client)
+            serving = Serving(
+                grants=state.grants, request=waiting.request, attended=waiting.client is not None
+            )
         return ownership.publish(
             author,
             state,

@@ -77,6 +77,7 @@ class Storage:
 class FakeDriver:
     name = "nbd"
     fence_kind = FenceKind.GATE
+    writes_to_activate = True
 
     def __init__(self, who: str, storage: Storage, context: DriverContext) -> None:
         self.who = who
@@ -84,6 +85,9 @@ class FakeDriver:
         self.context = context
         self.slow = asyncio.Event()
         self.slow.set()
+        self.ready = asyncio.Event()
+        self.ready.set()
+        """Before this `prepare` does not come to its end."""
         self.read_only: dict[int, bool] = {}
         """Of each epoch that was activated, for what."""
 
@@ -101,6 +105,7 @@ class FakeDriver:
         return None
 
     async def prepare(self, activation: Activation) -> None:
+        await self.ready.wait()
         self.storage.note(self.who, "prepare", activation.device, activation.epoch)
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
@@ -109,7 +114,10 @@ class FakeDriver:
         assert not others, f"{others} could still write when the fence was over"
         self.storage.note(self.who, "fence", activation.device, activation.epoch)
 
-    async def activate(self, activation: Activation) -> str:
+    def path(self, activation: Activation) -> str:
+        return f"nbd://{self.who}/{activation.device}-{activation.epoch}"
+
+    async def activate(self, activation: Activation) -> None:
         await self.slow.wait()
         if self.who in self.storage.broken:
             raise ActivationFailed(activation.device, activation.epoch, "the disk is broken")
@@ -118,7 +126,6 @@ class FakeDriver:
         self.storage.write(self.who, activation.device)
         self.storage.note(self.who, "activate", activation.device, activation.epoch)
         self.read_only[activation.epoch] = activation.read_only
-        return f"nbd://{self.who}/{activation.device}-{activation.epoch}"
 
     async def verify(self, activation: Activation) -> str | None:
         return None
@@ -218,6 +225,27 @@ class Site:
         await self.installation.apply(
             ownership.direct(self.installation.author, state, target, reason="test", mode=mode)
         )
+
+    async def answer(self, request: str, name: str) -> None:
+        """What a coordinator does for a request that waits, while nobody has access."""
+        installation = self.installation
+        waiting = (await installation.waiting(request)).request
+        state, queue = await installation.state(), await installation.queue()
+        give = ownership.direct if state.holder else ownership.assign
+        answering = ownership.Answering(waiting.value, waiting.kv.value, waiting.mod_revision)
+        target = await self.registered(name)
+        made = give(installation.author, state, target, reason="test", answering=answering)
+        await installation.apply(requests.decided_for(installation.keys, made, queue, waiting))
+
+    def done(self, name: str, epoch: int) -> list[str]:
+        """The steps that a controller took in an epoch."""
+        return [what for _, what, _, number in self.steps if number == epoch and what.startswith(f"{name} ")]
+
+    async def did(self, name: str, step: str, epoch: int) -> None:
+        async def look() -> bool | None:
+            return f"{name} {step}" in self.done(name, epoch) or None
+
+        await eventually(look)
 
     async def serving(self, name: str, *, epoch: int | None = None, within: float = 5.0) -> DeviceState:
         def served(state: DeviceState) -> bool:
@@ -377,6 +405,46 @@ async def test_grants_the_request_it_was_assigned_for(site: Site) -> None:
     assert after.request.value.state is RequestState.GRANTED
 
 
+@pytest.mark.parametrize("writes", [False, True])
+async def test_nothing_is_read_that_the_assignment_says(site: Site, writes: bool) -> None:
+    """But for the proof that a device may be written, where activating writes to it."""
+    await site.device("a", "b")
+    for name in ("a", "b"):
+        await site.controller(name)
+        site.drivers[name].writes_to_activate = writes
+    proof = ["read", "open", "activated", "published"] if writes else ["published", "open", "activated"]
+    for epoch, name in enumerate(["a", "b", "a"], start=1):
+        waiting = await site.installation.submitted(f"r{epoch}")
+        await site.answer(f"r{epoch}", name)
+        state = await site.serving(name, epoch=epoch)
+        assert [grant.value.request for grant in state.grants] == [f"r{epoch}"]
+        await site.did(name, "serving", epoch)
+        assert site.done(name, epoch) == [
+            f"{name} {step}" for step in ["begun", "prepared", *proof, "serving"]
+        ]
+        granted = (await site.installation.waiting(waiting.request.value.request)).request
+        await site.installation.apply(
+            requests.end(site.installation.keys, state, granted, reason="test", path_exposed=False)
+        )
+
+
+async def test_what_is_not_published_is_not_activated(site: Site) -> None:
+    """The device is taken away after it was prepared by what the assignment said."""
+    await site.device("a")
+    await site.controller("a")
+    driver = site.drivers["a"]
+    driver.writes_to_activate = False
+    driver.ready.clear()
+    await site.installation.submitted("r1")
+    await site.answer("r1", "a")
+    await site.did("a", "begun", 1)
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    driver.ready.set()
+    await site.did("a", "proved", 1)
+    assert "a open" not in site.done("a", 1)
+    assert ("a", "activate", DISK, 1) not in site.storage.log
+
+
 async def test_publishes_without_a_client_that_left(site: Site) -> None:
     await site.device("a")
     await site.controller("a")
@@ -474,6 +542,33 @@ async def test_a_successor_fences_after_a_record_was_deleted(site: Site) -> None
     assert decode(Availability, said).value.reason.startswith("STUCK in epoch 1")
     assert stuck.agent.holds[DISK].epoch == 1
     site.storage.stuck.clear()
+
+
+async def test_a_later_epoch_is_given_back_while_it_is_stuck(site: Site) -> None:
+    """Whoever has not seen yet that the device is barred here may still give it."""
+    await site.device("a", "b")
+    await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    await site.serving("a")
+    site.storage.stuck.add("a")
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    await site.serving("b", epoch=2)
+    await site.direct("a")
+    await site.until(lambda state: state.epoch == 3 and state.free)
+    assert ("a", "activate", DISK, 3) not in site.storage.log
+    key = site.installation.keys.availability(DISK, ControllerId("a"))
+    said = await site.installation.kv.get(key)
+    assert said is not None
+    assert decode(Availability, said).value.stuck_epoch == 1
+    site.storage.stuck.clear()
+
+    async def cleared() -> bool | None:
+        return True if await site.installation.kv.get(key) is None else None
+
+    await eventually(cleared, within=20)
+    await site.assign("a")
+    await site.serving("a", epoch=4)
 
 
 async def test_waits_a_whole_ttl_under_strict(site: Site) -> None:

@@ -190,6 +190,11 @@ COMMANDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("create", "device", "d", "--ttl", "601", "--backing", NO), 65, r"ttl_seconds must be .* to 600"),
     (("create", "device", "d", "-p", "backing"), 2, r"'backing' is not KEY=VALUE"),
     (("create", "device", "d", "-p", "size=1"), 65, r"driver nbd: parameter 'size' is unknown to the nbd"),
+    (
+        ("create", "device", "d", "--backing", NO, "-p", "cache=off"),
+        65,
+        r"driver nbd: parameter 'cache' must be none \(the default\) or writeback",
+    ),
     (("create", "device", "d"), 65, r"driver nbd: parameter 'backing' is required"),
     (("create", "device", "d", "-p", "backing=x"), 65, r"parameter 'backing' must be an absolute path"),
     (("create", "device", "d", "-p", "backing=/a/../b"), 65, r"parameter 'backing' must be an absolute path"),

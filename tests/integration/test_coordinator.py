@@ -150,7 +150,7 @@ class FakeController:
         if not holder.request:
             return Serving(state.grants)
         waiting = await self.installation.waiting(holder.request)
-        return Serving(state.grants, waiting.request, waiting.client)
+        return Serving(state.grants, waiting.request, attended=waiting.client is not None)
 
 
 class Session:

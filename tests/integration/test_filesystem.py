@@ -172,7 +172,8 @@ class Site:
         await self.driver.prepare(activation)
         await self.driver.fence(activation, [])
         self.gate.open(activation.slot, activation.epoch, now() + int(seconds * SECOND))
-        return local(await self.driver.activate(activation))
+        await self.driver.activate(activation)
+        return local(self.driver.path(activation))
 
     @property
     def steward(self) -> int:

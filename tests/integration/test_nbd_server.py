@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import re
 import select
@@ -88,8 +89,10 @@ class Site:
             path.write_bytes(os.urandom(SIZE))
         return path
 
-    def activation(self, device: str, epoch: int, backing: Path | None = None) -> Activation:
-        parameters = {"backing": str(backing or self.image(device))}
+    def activation(
+        self, device: str, epoch: int, backing: Path | None = None, cache: str = "none"
+    ) -> Activation:
+        parameters = {"backing": str(backing or self.image(device)), "cache": cache}
         return Activation(device, epoch, parameters, self.gate.take_slot())
 
     async def activate(self, device: str, epoch: int, seconds: float = 600) -> tuple[Activation, str]:
@@ -99,7 +102,8 @@ class Site:
     async def begin(self, activation: Activation, seconds: float = 600) -> str:
         await self.driver.prepare(activation)
         self.gate.open(activation.slot, activation.epoch, now() + int(seconds * SECOND))
-        return await self.driver.activate(activation)
+        await self.driver.activate(activation)
+        return self.driver.path(activation)
 
     def pid(self, device: str) -> int:
         pid = self.driver.pool.pid(device)
@@ -273,6 +277,30 @@ async def test_prepared_is_not_served(site: Site) -> None:
     assert await site.driver.verify(activation) == "its export is prepared"
 
 
+async def test_who_comes_before_the_gate_opens_waits_for_it(site: Site) -> None:
+    activation = site.activation("disk-1", 1)
+    await site.driver.prepare(activation)
+    coming = asyncio.create_task(asyncio.to_thread(Client, site.driver.path(activation)))
+    done, _ = await asyncio.wait((coming,), timeout=0.2)
+    assert not done
+    site.gate.open(activation.slot, 1, now() + 600 * SECOND)
+    await site.driver.activate(activation)
+    with await coming as client:
+        assert client.refusal is None
+        assert client.ask(READ, 0, 512) == 0
+
+
+async def test_who_waits_for_the_gate_is_turned_away_when_the_hold_ends(site: Site) -> None:
+    activation = site.activation("disk-1", 1)
+    await site.driver.prepare(activation)
+    coming = asyncio.create_task(asyncio.to_thread(Client, site.driver.path(activation)))
+    done, _ = await asyncio.wait((coming,), timeout=0.2)
+    assert not done
+    await site.driver.deactivate(activation, drain=0)
+    with await coming as client:
+        assert client.refusal == ERR_SHUTDOWN
+
+
 async def test_a_gate_that_shuts_stops_a_stream(site: Site) -> None:
     activation, uri = await site.activate("disk-1", 1)
     with Client(uri) as client:
@@ -355,7 +383,7 @@ async def test_the_end_of_the_session_stops_every_device(site: Site) -> None:
 async def test_withdraw_waits_for_a_request_under_way(site: Site) -> None:
     activation, uri = await site.activate("disk-1", 1)
     image = site.image("disk-1")
-    data = os.urandom(1 << 20)
+    data = os.urandom(4 << 20)
     with Client(uri) as busy, Client(uri) as other:
         busy.send(WRITE, 0, len(data), data[: len(data) // 2])
         # It is under way once a piece of it is in the image.
@@ -474,7 +502,8 @@ async def main(directory):
     hold = Activation("disk-1", 1, {"backing": str(directory / "disk-1.img")}, gate.take_slot())
     await driver.prepare(hold)
     gate.open(hold.slot, 1, far)
-    print(await driver.activate(hold), driver.pool.pid("disk-1"), flush=True)
+    await driver.activate(hold)
+    print(driver.path(hold), driver.pool.pid("disk-1"), flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main(Path(sys.argv[1])))
@@ -577,6 +606,9 @@ async def test_a_hundred_epochs_of_a_dead_controller_are_proved_at_once(
         ({"backing": "/a\nb"}, "backing"),
         ({"backing": "/" + "a" * 5000}, "backing"),
         ({"backing": "/a", "cache": "unsafe"}, "cache"),
+        ({"backing": "/a", "cache": ""}, "cache"),
+        ({"backing": "/a", "cache": "None"}, "cache"),
+        ({"backing": "/a", "sync": "none"}, "sync"),
     ],
 )
 async def test_bad_parameters_name_their_field(site: Site, parameters: dict[str, str], field: str) -> None:
@@ -608,6 +640,7 @@ async def test_the_entry_point(site: Site) -> None:
         driver_factories(("nbd", "floppy"))
 
 
+@pytest.mark.needs("nbdinfo")
 async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:
     gate = Gate.create(tmp_path / "gate")
     gate.set_session(now() + 600 * SECOND)
@@ -622,7 +655,8 @@ async def test_a_path_over_ipv6_has_brackets(tmp_path: Path) -> None:
     hold = Activation("d", 3, {"backing": str(tmp_path / "d.img")}, gate.take_slot())
     await driver.prepare(hold)
     gate.open(hold.slot, 3, now() + 600 * SECOND)
-    uri = await driver.activate(hold)
+    await driver.activate(hold)
+    uri = driver.path(hold)
     assert re.fullmatch(r"nbd://\[::1\]:\d+/d-3", uri)
     assert str(SIZE) in await run("nbdinfo", "--size", uri)
     await driver.stop()
@@ -674,3 +708,124 @@ async def test_a_block_device_in_use_is_neither_taken_nor_proved(site: Site, loo
     finally:
         os.close(other)
     await site.driver.deactivate(activation, drain=1)
+
+
+# What stays in memory. A loop device has a page cache of its own, apart from that of the image behind it; it
+# lives as long as anybody has the device open, which here stands for a daemon that watches disks.
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+async def test_what_a_killed_worker_had_acknowledged_is_on_the_device(
+    site: Site, loop: Path, tmp_path: Path, cache: str
+) -> None:
+    image = tmp_path / "loop.img"
+    before = bytearray(image.read_bytes())
+    watcher = os.open(loop, os.O_RDONLY)
+    try:
+        uri = await site.begin(site.activation("lun", 1, loop, cache))
+        written = bytearray(before)
+        with Client(uri) as client, Client(uri) as other:
+            for at, length in (
+                (0, 4096),
+                (9000, 3),
+                (65536 - 100, 70_000),
+                (2 << 20, 1 << 20),
+                (SIZE - 1, 1),
+            ):
+                data = os.urandom(length)
+                assert client.ask(WRITE, at, data=data) == 0
+                written[at : at + length] = data
+                assert other.ask(READ, at, length) == 0
+                assert other.take(length) == data
+            pid = site.pid("lun")
+            site.gate.set_session(0)
+            os.kill(pid, signal.SIGKILL)
+            assert await asyncio.to_thread(ended, pid)
+        arrived = image.read_bytes()
+        # With writeback it is still to come, whoever serves the device by then.
+        assert arrived == (written if cache == "none" else before)
+    finally:
+        os.close(watcher)
+
+
+@pytest.fixture
+def twin(loop: Path, tmp_path: Path) -> Iterator[Path]:
+    """Another loop device over the image of `loop`, as another host would have it."""
+    done = subprocess.run(
+        [find_tool("losetup", "mount"), "-f", "--show", tmp_path / "loop.img"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        missing("a second loop device", done.stderr.strip())
+    device = done.stdout.strip()
+    yield Path(device)
+    subprocess.run([find_tool("losetup", "mount"), "-d", device], check=True)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+async def test_a_device_that_comes_back_is_read_as_another_host_left_it(
+    site: Site, loop: Path, twin: Path, cache: str, pinned: bool
+) -> None:
+    """Also where another program keeps its old pages, which no advice to the kernel then drops."""
+    watchers = [os.open(device, os.O_RDONLY) for device in (loop, twin)]
+    maps = [mmap.mmap(watcher, 4 << 20, prot=mmap.PROT_READ) for watcher in watchers] if pinned else []
+    written, stale = b"", 0
+    try:
+        for epoch in range(1, 7):
+            activation = site.activation("lun", epoch, (loop, twin)[epoch % 2], cache)
+            uri = await site.begin(activation)
+            with Client(uri) as client:
+                for size in (4096, 1 << 20):
+                    assert client.ask(READ, 0, size) == 0
+                    stale += not client.take(size).startswith(written)
+                written = os.urandom(4096)
+                assert client.ask(WRITE, 0, data=written) == 0
+                assert client.ask(READ, 0, 1 << 20) == 0
+                assert client.take(1 << 20).startswith(written)
+            for view in maps:
+                view[:4096]
+            await site.driver.deactivate(activation, drain=1)
+        assert (stale == 0) is (cache == "none")
+    finally:
+        for view in maps:
+            view.close()
+        for watcher in watchers:
+            os.close(watcher)
+
+
+@pytest.fixture
+def failing(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file on a storage that answers each write with the error named."""
+    place = tmp_path / "fuse"
+    place.mkdir()
+    server = ["nbdkit", "-s", "--exit-with-parent", "--filter=error", "memory", "1M"]
+    fault = [f"error-pwrite={request.param}", "error-pwrite-rate=100%"]
+    command = [find_tool("nbdfuse"), str(place / "disk"), "--command", *server, *fault]
+    with subprocess.Popen(command) as fuse:
+        end = time.monotonic() + 10
+        while not (place / "disk").exists():
+            if fuse.poll() is not None:
+                missing("FUSE", "nbdfuse did not start")
+            assert time.monotonic() < end, "waited too long"
+        try:
+            yield place / "disk"
+        finally:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.needs("nbdkit", "nbdfuse")
+@pytest.mark.parametrize(("failing", "code"), [("EIO", 5), ("ENOSPC", 28)], indirect=["failing"])
+async def test_an_error_of_the_storage_is_told_as_it_is(site: Site, failing: Path, code: int) -> None:
+    activation = site.activation("remote", 1, failing)
+    uri = await site.begin(activation)
+    try:
+        with Client(uri) as client:
+            for data in (bytes(4096), bytes(100)):
+                assert client.ask(WRITE, 0, data=data) == code
+            assert client.ask(READ, 0, 512) == 0
+    finally:
+        # The storage ends only once nobody has it open.
+        await site.driver.deactivate(activation, drain=1)

@@ -341,7 +341,7 @@ async def test_a_publication_grants_in_the_mode_that_was_asked_for(
     state = await installation.state()
     give = assign(installation.author, state, a, reason="r", request=waiting.request.value.request, mode=mode)
     await installation.apply(give)
-    await installation.publish(Serving(request=waiting.request, client=waiting.client))
+    await installation.publish(Serving(request=waiting.request, attended=waiting.client is not None))
     assert (await grants(installation))["q1"].mode is mode
 
 
@@ -353,7 +353,7 @@ async def test_a_publication_leaves_a_request_waiting_that_needs_another_hold(
 ) -> None:
     waiting = await installation.submitted("q1", mode=mode)
     await installation.activating(a, mode=held)
-    state = await installation.publish(Serving(request=waiting.request, client=waiting.client))
+    state = await installation.publish(Serving(request=waiting.request, attended=waiting.client is not None))
     assert state.holder is not None
     assert state.holder.value.state is HolderState.ACTIVE
     assert await grants(installation) == {}

@@ -37,6 +37,7 @@ from leasehold.store.records import (
     Record,
     RequestId,
     RequestState,
+    Standing,
     TakeoverPolicy,
     Target,
     UnreleasedEpoch,
@@ -49,7 +50,13 @@ BIG = Epoch((1 << 53) + 1)
 """The first integer that a double can not hold: JSON readers that go through one would lose it."""
 
 UNRELEASED = UnreleasedEpoch(
-    epoch=BIG, controller=A, instance=ONE, session_lease=SESSION, device_lease=LEASE, ttl_seconds=10
+    epoch=BIG,
+    controller=A,
+    instance=ONE,
+    session_lease=SESSION,
+    device_lease=LEASE,
+    ttl_seconds=10,
+    session_ttl_seconds=30,
 )
 FULL: tuple[Record, ...] = (
     Device(
@@ -71,6 +78,8 @@ FULL: tuple[Record, ...] = (
         draining=True,
         software="0.1.0",
         drain_seconds=5,
+        fences={"nbd": "gate", "exec": "none"},
+        session_ttl_seconds=30,
         fencer_lacks=("locked memory", "a watchdog"),
     ),
     Coordinator(
@@ -91,12 +100,33 @@ FULL: tuple[Record, ...] = (
         epoch=BIG,
         state=HolderState.YIELDING,
         path="nbd://h:1/disk-1-42",
-        target=Target(controller=B, instance=TWO, session_lease=LEASE, read_only=True),
+        target=Target(
+            controller=B, instance=TWO, session_lease=LEASE, read_only=True, session_ttl_seconds=30
+        ),
         request=Q,
         path_exposed=True,
         read_only=True,
     ),
-    Assignment(device=D, controller=A, action=AssignmentAction.YIELD, epoch=Epoch(2), read_only=True),
+    Assignment(
+        device=D,
+        controller=A,
+        action=AssignmentAction.YIELD,
+        epoch=Epoch(2),
+        read_only=True,
+        standing=Standing(
+            holder=Holder(
+                device=D,
+                controller=A,
+                instance=ONE,
+                session_lease=LeaseId("00000000000000aa"),
+                epoch=Epoch(2),
+                state=HolderState.YIELDING,
+            ),
+            epochs=Epochs(device=D, epoch=Epoch(2), changes=3),
+            request=AccessRequest(request=Q, device=D, state=RequestState.PENDING),
+            request_revision=1 << 60,
+        ),
+    ),
     AccessRequest(
         request=Q,
         client="bareos",
@@ -124,7 +154,14 @@ FULL: tuple[Record, ...] = (
         path="nbd://h:1/x",
         mode=AccessMode.SHARED,
     ),
-    Availability(device=D, controller=A, failures=3, reason="no image", failed_at="2026-01-01T00:00:00Z"),
+    Availability(
+        device=D,
+        controller=A,
+        failures=3,
+        reason="no image",
+        failed_at="2026-01-01T00:00:00Z",
+        stuck_epoch=Epoch(2),
+    ),
     ControlChange(
         change="c1",
         device=D,
@@ -137,6 +174,7 @@ FULL: tuple[Record, ...] = (
         reason="its session is gone",
         request=Q,
         author="controller b",
+        operator="alice@desk",
         recorded_at="2026-01-01T00:00:00Z",
     ),
 )

@@ -35,6 +35,8 @@ SESSION, EARLIER = LeaseId("00000000000000aa"), LeaseId("00000000000000bb")
 ME = Controller(controller=A, instance=NOW, session_lease=SESSION)
 THEM = Controller(controller=B, instance=InstanceId("them"), session_lease=LeaseId("00000000000000cc"))
 ACTIVATING, ACTIVE, YIELDING = HolderState.ACTIVATING, HolderState.ACTIVE, HolderState.YIELDING
+HANGS_ON = 7
+"""The lease of every record here."""
 
 
 def left(epoch: int, who: ControllerId = A, instance: InstanceId = NOW) -> UnreleasedEpoch:
@@ -53,7 +55,7 @@ def state(
     unreadable: str = "",
 ) -> DeviceState:
     """A device whose holder is in the state `at`; nobody holds it if that is None."""
-    kv = KeyValue("/k", b"", 1, 1, 1, 7)
+    kv = KeyValue("/k", b"", 1, 1, 1, HANGS_ON)
     holder = (
         Holder(
             device=DISK,
@@ -92,6 +94,7 @@ def situation(
     ended: int = 0,
     stopping: bool = False,
     proved: bool = True,
+    lease: int = HANGS_ON,
 ) -> Situation:
     def provable(instance: InstanceId, epoch: Epoch) -> bool:
         return proved and instance in (NOW, BEFORE)
@@ -105,6 +108,7 @@ def situation(
         epoch=Epoch(epoch) if phase else Epoch(0),
         ended=Epoch(ended),
         stopping=stopping,
+        lease=lease,
     )
 
 
@@ -167,6 +171,14 @@ CASES = [
     ("another instance", situation(Phase.SERVING), state(ACTIVE, instance=STRANGE), Step.END, ()),
     ("another session", situation(Phase.SERVING), state(ACTIVE, session=EARLIER), Step.END, ()),
     ("put back", situation(Phase.SERVING), state(ACTIVATING), Step.END, ()),
+    ("on another lease", situation(Phase.SERVING, lease=8), state(ACTIVE), Step.END, ()),
+    (
+        "preparing, on the session's lease",
+        situation(Phase.PREPARING, lease=8),
+        state(ACTIVATING),
+        Step.KEEP,
+        (),
+    ),
     ("it stops", situation(Phase.SERVING, stopping=True), state(ACTIVE), Step.END, ()),
     ("record not understood", situation(Phase.SERVING), state(unreadable="garbage"), Step.END, ()),
     # Ending: nothing but the driver's proof leads on.
@@ -279,7 +291,7 @@ async def test_a_renewal_moves_the_deadline(world: World) -> None:
 
 async def test_the_end_shuts_the_gate_for_good(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("why", failed=True)
     assert not world.writes
     world.renewed(20)
@@ -295,7 +307,7 @@ async def test_the_end_shuts_the_gate_for_good(world: World) -> None:
 
 async def test_grace_lets_what_is_under_way_finish_within_the_deadlines(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("told to yield", graceful=True)
     assert world.writes
     world.renewed(20)
@@ -308,7 +320,7 @@ async def test_grace_lets_what_is_under_way_finish_within_the_deadlines(world: W
 @pytest.mark.parametrize("how", ["end", "unproved", "proved"])
 async def test_grace_is_over(world: World, how: str) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     world.hold.end("told to yield", graceful=True)
     {"end": lambda: world.hold.end("deleted"), "unproved": world.hold.unproved, "proved": world.hold.proved}[
         how
@@ -321,7 +333,7 @@ async def test_grace_is_over(world: World, how: str) -> None:
 
 async def test_a_lost_lease_ends_it(world: World) -> None:
     assert world.hold.open(world.lease)
-    world.hold.serving("nbd://x")
+    world.hold.serving()
     ended = asyncio.Event()
     world.hold.on_end = lambda _: ended.set()
     world.lease.lost.set()
@@ -349,4 +361,4 @@ def test_only_serves_after_preparing(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.hold.end("why")
     with pytest.raises(AssertionError, match="nothing leads from ENDING to SERVING"):
-        world.hold.serving("nbd://x")
+        world.hold.serving()

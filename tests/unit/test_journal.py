@@ -1,6 +1,7 @@
 """The journal survives its process, and tells what an earlier instance may still be doing."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import leasehold.controller.journal as module
 from leasehold.controller.journal import Host, Journal, JournalLocked, JournalRefused
 from leasehold.store.records import ControllerId, DeviceId, Epoch, InstanceId, LeaseId
 
@@ -103,6 +105,30 @@ def test_proves_nothing_about_another_machine(tmp_path: Path, elsewhere: Host) -
     journal.close()
 
 
+def test_a_copy_knows_nothing_of_what_its_original_may_still_do(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "original", A, host=HOST)
+    journal.begin_session(ONE, LEASE)
+    begin(journal)
+    # While the original runs, and holds its lock.
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copy = Journal.open(tmp_path / "copy", A, host=HOST)
+    assert not copy.knows(ONE)
+    assert copy.open_activations() == ()
+    assert copy.unended_sessions() == ()
+    copy.begin_session(TWO, LeaseId("00000000000000bb"))
+    copy = reopened(copy, tmp_path / "copy")
+    assert copy.knows(TWO)
+    assert not copy.knows(ONE)
+    copy.close()
+    # Moved as it is, it is no copy.
+    journal.close()
+    (tmp_path / "original").rename(tmp_path / "moved")
+    journal = Journal.open(tmp_path / "moved", A, host=HOST)
+    assert journal.knows(ONE)
+    assert journal.is_open(DISK, Epoch(1))
+    journal.close()
+
+
 def test_survives_being_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path;"
@@ -160,3 +186,45 @@ async def test_records_changes_with_their_outcome(journal: Journal, tmp_path: Pa
     rows = database.execute("SELECT change, kind, outcome FROM changes ORDER BY id").fetchall()
     database.close()
     assert rows == [("c1", "TRANSFERRED", "applied at revision 7"), ("c2", "RELEASED", None)]
+
+
+def rows(tmp_path: Path, table: str) -> list[str]:
+    database = sqlite3.connect(tmp_path / "journal.db")
+    found = [str(row[0]) for row in database.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+    database.close()
+    return found
+
+
+async def test_forgets_what_recovery_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [(statement, 3) for statement, _ in module._TRIMS]
+    monkeypatch.setattr(module, "_TRIMS", kept)
+    journal = Journal.open(tmp_path, A, host=HOST)
+    old = DeviceId("old")
+    journal.begin_session(ONE, LEASE)
+    journal.end_session(LEASE)
+    begin(journal, 1, ONE, old)
+    for number in range(1, 9):
+        journal.begin_session(InstanceId(f"i{number}"), LeaseId(f"{number:016x}"))
+        begin(journal, number, TWO)
+        journal.prove(DISK, Epoch(number), "driver nbd")
+        journal.intend(f"c{number}", DISK, Epoch(number), "RELEASED")
+        if number not in (2, 8):
+            journal.end_session(LeaseId(f"{number:016x}"))
+    assert journal.trim(limit=2) == 6, "a few at a time"
+    await journal.checkpoint()
+    assert journal.trim() == 0
+    assert rows(tmp_path, "activations") == ["old", *[DISK] * 3]
+    assert rows(tmp_path, "changes") == ["6", "7", "8"]
+    journal = reopened(journal, tmp_path)
+    # What is open, the instance it is of, and the sessions that nobody has ended are as they were.
+    assert [(item.device, item.epoch, item.instance) for item in journal.open_activations()] == [
+        (old, 1, ONE)
+    ]
+    assert journal.knows(ONE)
+    assert not journal.knows(InstanceId("i1"))
+    assert journal.knows(InstanceId("i7"))
+    assert journal.unended_sessions() == (LeaseId(f"{2:016x}"), LeaseId(f"{8:016x}"))
+    journal.prove(old, Epoch(1), "driver nbd")
+    journal.close()
+    Journal.open(tmp_path, A, host=HOST).close()
+    assert rows(tmp_path, "activations") == [DISK] * 3

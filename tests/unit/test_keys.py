@@ -19,6 +19,7 @@ PREFIXES = {
     "requests": KEYS.requests,
     "clients": KEYS.clients,
     "all_history": KEYS.all_history,
+    "all_availability": KEYS.all_availability,
     "assignments": KEYS.assignments(ControllerId("a")),
     "queue": KEYS.queue(D1),
     "grants": KEYS.grants(D1),

@@ -27,7 +27,7 @@ from leasehold.controller.nbd.inbox import PIECE
 from leasehold.controller.nbd.protocol import Command, ExportFlag, Option, OptionReply
 from leasehold.controller.nbd.worker import Config, Worker
 
-SIZE = 3 << 20
+SIZE = 5 << 20
 FAR = 3600 * 10**9
 PATTERN = bytes(range(256)) * (SIZE // 256)
 
@@ -430,8 +430,10 @@ def test_of_writes_that_came_together_none_follows_the_end_of_the_hold(
     client = server.client().go("d-1")
     write = Backing.write
 
-    def last(self: Backing, view: memoryview, offset: int, *, durable: bool = False) -> None:
-        write(self, view, offset, durable=durable)
+    def last(
+        self: Backing, view: memoryview, offset: int, guard: Callable[[], None], *, durable: bool = False
+    ) -> None:
+        write(self, view, offset, guard, durable=durable)
         server.gate.shut(export.slot)
 
     monkeypatch.setattr(Backing, "write", last)
@@ -556,7 +558,7 @@ def test_an_error_of_the_device_is_not_success(server: Server, monkeypatch: pyte
         raise OSError(errno.EIO, "broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", broken)
+        patch.setattr(os, "pwritev", broken)
         assert client.ask(Command.WRITE, 0, data=bytes(1 << 20)) == protocol.EIO
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", broken)
@@ -721,14 +723,14 @@ def test_withdraw_waits_for_a_thread_inside_the_backing(
     export = server.add("d-1")
     client = server.client().go("d-1")
     inside, release = threading.Event(), threading.Event()
-    real = os.pwrite
+    real = os.pwritev
 
-    def slow(fd: int, data: memoryview, offset: int) -> int:
+    def slow(fd: int, data: list[memoryview], offset: int, flags: int) -> int:
         inside.set()
         assert release.wait(10)
-        return real(fd, data, offset)
+        return real(fd, data, offset, flags)
 
-    monkeypatch.setattr(os, "pwrite", slow)
+    monkeypatch.setattr(os, "pwritev", slow)
     client.send(Command.WRITE, 0, data=b"\xee" * 512)
     assert inside.wait(10)
     thread = threading.Thread(target=export.withdraw, args=(0,))
@@ -750,10 +752,10 @@ def test_a_withdraw_outlasts_an_export_that_hung(server: Server, monkeypatch: py
     opening, release = threading.Event(), threading.Event()
 
     class Hanging(Backing):
-        def __init__(self, path: str, *, read_only: bool) -> None:
+        def __init__(self, path: str, *, read_only: bool, writeback: bool = False) -> None:
             opening.set()
             assert release.wait(10)
-            super().__init__(path, read_only=read_only)
+            super().__init__(path, read_only=read_only, writeback=writeback)
 
     monkeypatch.setattr(worker_module, "Backing", Hanging)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -761,7 +763,14 @@ def test_a_withdraw_outlasts_an_export_that_hung(server: Server, monkeypatch: py
     with ours, ours.makefile("rb") as answers:
         config = Config(0, str(server.gate.path), "", listener.detach(), theirs.detach(), 0)
         worker = Worker(config)
-        export = {"name": "d-1", "backing": str(path), "slot": 0, "epoch": 1, "read_only": False}
+        export = {
+            "name": "d-1",
+            "backing": str(path),
+            "slot": 0,
+            "epoch": 1,
+            "read_only": False,
+            "writeback": False,
+        }
         worker._dispatch({"id": 1, "verb": "export", **export})
         assert opening.wait(10)
         worker._dispatch({"id": 2, "verb": "withdraw", "name": "d-1", "drain": 0})

@@ -19,6 +19,7 @@ from leasehold.store.ownership import (
     DeviceState,
     NotPossible,
     assign,
+    confirm_dead,
     device_state,
     direct,
     publish,
@@ -124,9 +125,24 @@ STATES: dict[str, Callable[[Scene], Awaitable[None]]] = {
     "active, session gone": without_session(active),
     "yielding, session gone": without_session(yielding),
     "active, session another": again(active),
+    "vanished, session gone": without_session(vanished),
 }
 
 Build = Callable[[Scene, DeviceState], Transaction]
+
+
+def confirmed(
+    scene: Scene, state: DeviceState, name: str = "a", registered: KeyValue | None = None
+) -> Transaction:
+    return confirm_dead(
+        scene.installation.author,
+        state,
+        ControllerId(name),
+        registered,
+        operator="alice@desk",
+        reason="it burned",
+    )
+
 
 BUILDERS: dict[ChangeKind, Build] = {
     ChangeKind.ASSIGNED: lambda s, state: assign(s.installation.author, state, s.b, reason="r"),
@@ -137,14 +153,17 @@ BUILDERS: dict[ChangeKind, Build] = {
     ChangeKind.RELEASED: lambda s, state: release(
         s.installation.author, state, frozenset({state.epoch}), reason="r"
     ),
+    ChangeKind.CONFIRMED_DEAD: confirmed,
 }
+
 
 APPLIED, REFUSED, NOT_POSSIBLE = "applied", "refused", "not possible"
 K = ChangeKind
 EXPECTED: dict[str, dict[ChangeKind, str]] = {
     "new": {K.ASSIGNED: APPLIED},
     "released": {K.ASSIGNED: APPLIED},
-    "vanished": {K.TAKEN_OVER: APPLIED, K.RELEASED: APPLIED},
+    "vanished": {K.TAKEN_OVER: APPLIED, K.RELEASED: APPLIED, K.CONFIRMED_DEAD: REFUSED},
+    "vanished, session gone": {K.TAKEN_OVER: APPLIED, K.RELEASED: APPLIED, K.CONFIRMED_DEAD: APPLIED},
     "activating": {K.YIELDING: APPLIED, K.TAKEN_OVER: REFUSED, K.ACTIVATED: APPLIED, K.RELEASED: APPLIED},
     "active": {K.YIELDING: APPLIED, K.TAKEN_OVER: REFUSED, K.RELEASED: APPLIED},
     "yielding": {K.TRANSFERRED: APPLIED, K.TAKEN_OVER: REFUSED, K.RELEASED: APPLIED},
@@ -532,6 +551,67 @@ async def told(installation: Installation, controller: str) -> tuple[AssignmentA
         return None
     value = decode(Assignment, found).value
     return value.action, value.epoch
+
+
+async def test_a_word_is_recorded_with_whose_it_is(installation: Installation) -> None:
+    scene, state = await arrive(installation, "vanished, session gone")
+    stuck = installation.keys.availability(DISK, scene.a.controller)
+    failed = Availability(device=DISK, controller=scene.a.controller, stuck_epoch=state.epoch)
+    await installation.kv.put(stuck, encode(failed))
+    await installation.apply(confirmed(scene, state))
+    assert (await scene.state()).free
+    entry = (await installation.history())[-1].value
+    assert (entry.kind, entry.operator, entry.reason) == (K.CONFIRMED_DEAD, "alice@desk", "it burned")
+    assert entry.lost is not None
+    assert (entry.lost.controller, entry.lost.epoch, entry.author) == ("a", state.epoch, "test")
+    assert await installation.kv.get(stuck) is None
+    assert await told(installation, "a") is None
+
+
+async def test_a_word_about_the_living_is_not_taken(installation: Installation) -> None:
+    """Neither under the session that the epoch names, nor under a later one of the same start."""
+    scene, state = await arrive(installation, "vanished")
+    key = installation.keys.controller(scene.a.controller)
+    registered = await installation.kv.get(key)
+    with pytest.raises(NotPossible, match=f"registered as the instance {scene.a.instance}"):
+        confirmed(scene, state, registered=registered)
+    later = replace(scene.a, session_lease=scene.lease)
+    await installation.kv.put(key, encode(later), lease=lease_number(scene.lease))
+    with pytest.raises(NotPossible, match="it lives"):
+        confirmed(scene, state, registered=await installation.kv.get(key))
+    await installation.kv.put(key, b"garbage", lease=lease_number(scene.lease))
+    with pytest.raises(NotPossible, match="understood"):
+        confirmed(scene, state, registered=await installation.kv.get(key))
+    await installation.controller("a")
+    seen = await installation.kv.get(key)
+    await installation.touch(key)
+    await installation.refused(confirmed(scene, state, registered=seen))
+    await installation.apply(confirmed(scene, state, registered=await installation.kv.get(key)))
+
+
+async def test_a_word_is_good_for_the_epochs_of_its_controller_only(installation: Installation) -> None:
+    scene, state = await arrive(installation, "vanished, session gone")
+    with pytest.raises(NotPossible, match=r"no unreleased epoch of it is b's: those .* are of a"):
+        confirmed(scene, state, "b")
+    await installation.apply(confirmed(scene, state))
+    with pytest.raises(NotPossible, match="it is free"):
+        confirmed(scene, await scene.state())
+
+
+@pytest.mark.parametrize("ttl", [0, 40])
+async def test_the_ttl_of_a_session_goes_with_every_epoch_given_under_it(
+    installation: Installation, ttl: int
+) -> None:
+    scene = await setting(installation)
+    a, b = replace(scene.a, session_ttl_seconds=ttl), replace(scene.b, session_ttl_seconds=ttl)
+    state = await installation.yielding(a, b)
+    assert [item.session_ttl_seconds for item in state.unreleased] == [ttl]
+    await installation.apply(swap(installation.author, state, reason="r"))
+    state = await installation.publish()
+    assert [item.session_ttl_seconds for item in state.unreleased] == [ttl]
+    await installation.kv.delete(installation.keys.controller(b.controller))
+    await installation.apply(take_over(installation.author, await scene.state(), a, reason="r"))
+    assert [item.session_ttl_seconds for item in (await scene.state()).unreleased] == [ttl, ttl]
 
 
 async def test_a_publication_without_a_holder_is_not_possible(installation: Installation) -> None:

@@ -405,3 +405,48 @@ def test_who_can_ever_serve_does_not_depend_on_who_is_there(
 
 def test_records_are_put_where_the_program_looks_for_them() -> None:
     assert key_of(spec()) == "/test/devices/d1"
+
+
+# What nobody can fence, and who can not let go.
+
+UNFENCED = replace(A, fences={"nbd": "none"}), replace(B, fences={"nbd": "none"})
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        ((unreleased("a", 3),), "FENCE_UNAVAILABLE: epoch 3 of a is not proved to be over"),
+        ((unreleased("a", 3),), "leasehold confirm-dead a --device d1 --reason"),
+        (holding("c", epoch=3), "FENCE_UNAVAILABLE: the session of c in epoch 3 is gone"),
+    ],
+)
+def test_a_device_that_nobody_can_fence_waits_for_a_proof_or_a_word(
+    records: tuple[Record, ...], says: str
+) -> None:
+    decision = decide(Content(spec(), *UNFENCED, *records, *pending("r")).view())
+    assert isinstance(decision, Wait)
+    assert says in decision.reason
+
+
+@pytest.mark.parametrize(
+    "others", [(A, UNFENCED[1]), (UNFENCED[0], replace(B, fences={"nbd": "gate"})), ()], ids=str
+)
+def test_where_somebody_may_fence_a_successor_is_awaited(others: tuple[Record, ...]) -> None:
+    """Who says nothing of fences is older than they are, and has one."""
+    decision = decide(Content(spec(), *others, unreleased("a", 3), *pending("r")).view())
+    assert decision == Wait("epoch 3 of a is not proved to be over; a successor is to fence it")
+
+
+def test_who_is_stuck_is_given_nothing_until_the_proof() -> None:
+    stuck = replace(failing("a", 1), reason="STUCK in epoch 3: kept busy", stuck_epoch=Epoch(3))
+    over = Epochs(device=DISK, epoch=Epoch(4), changes=9)
+    content = Content(spec("a", "b"), A, B, over, stuck, *pending("r"))
+    decision = decide(content.view())
+    assert isinstance(decision, Assign)
+    # This mirror has just read everything, and lets nobody rest for earlier failures.
+    assert decision.target.controller == "b"
+    wanted = decide(Content(spec(), A, B, over, stuck, *pending("r", wanted="a")).view())
+    assert isinstance(wanted, Wait)
+    assert "a is wanted, but is barred until it has proved epoch 3 to be over: STUCK" in wanted.reason
+    left = decide(Content(spec(), A, B, unreleased("a", 3), stuck, *pending("r")).view())
+    assert "epoch 3 of a is not proved to be over (STUCK in epoch 3: kept busy)" in left.reason

@@ -52,7 +52,7 @@ async def grants(installation: Installation) -> list[Stored[Grant]]:
 
 
 def granting(installation: Installation, waiting: Waiting) -> Serving:
-    return Serving(request=waiting.request, client=waiting.client)
+    return Serving(request=waiting.request, attended=waiting.client is not None)
 
 
 async def granted(installation: Installation, name: str) -> Waiting:

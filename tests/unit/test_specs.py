@@ -124,7 +124,7 @@ async def test_paths_stay_what_they_are_while_a_client_has_one(
     waiting = await installation.submitted("r1")
     await installation.activating(holder)
     assert "being activated" in (await refused(specs, TEMPLATED)).message
-    await installation.publish(Serving(request=waiting.request, client=waiting.client))
+    await installation.publish(Serving(request=waiting.request, attended=waiting.client is not None))
     error = await refused(specs, TEMPLATED)
     assert (error.reason, error.metadata["field"]) == ("NOT_UPDATED", "path_template")
     assert "client has a path made by it" in error.message

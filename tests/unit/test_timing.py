@@ -1,5 +1,7 @@
 """Times that would let two controllers write are refused, with the relation that does not hold."""
 
+from dataclasses import replace
+
 import pytest
 
 from leasehold.controller.timing import EXPIRY_SCAN, Timing, TimingRefused
@@ -63,3 +65,10 @@ def test_waits_as_long_as_an_earlier_holder_may_believe(
 ) -> None:
     lower = tuple(unreleased(value) for value in ttls)
     assert Timing(session_ttl=10).wait_after_revocation(policy, lower, ttl) == wait
+
+
+def test_a_strict_takeover_knows_a_session_that_lived_longer_than_its_own() -> None:
+    lower = (replace(unreleased(5), session_ttl_seconds=40), unreleased(20))
+    timing = Timing(session_ttl=10)
+    assert timing.wait_after_revocation(TakeoverPolicy.STRICT, lower, 5) == 40 + EXPIRY_SCAN
+    assert timing.wait_after_revocation(TakeoverPolicy.HOLD_OFF, lower, 5) == 1.0

@@ -235,6 +235,30 @@ class Leasehold:
             _, answer = await self.endpoints.ask(attempt, until=until, answer=timeout)
         return answer.status
 
+    async def confirm_dead(
+        self, device: str, controller: str, *, reason: str, operator: str = ""
+    ) -> devices_pb2.ConfirmDeadResponse:
+        """Vouch that `controller` can act on `device` no more, so that its unreleased epochs are released.
+
+        Only for one that is switched off, or can never reach the device again: nothing else keeps it from
+        writing once somebody else serves the device.
+
+        reason: how you know; kept in the history.
+        operator: who says so; by default user@host.
+
+        Raises `Refused` with the reason NOT_CONFIRMED while that controller lives or is the holder, or if it
+        has no unreleased epoch.
+        """
+        request = made(
+            devices_pb2.ConfirmDeadRequest,
+            device=device,
+            controller=controller,
+            reason=reason,
+            operator=operator or default_client(),
+        )
+        answer: devices_pb2.ConfirmDeadResponse = await self._ask(stubs.devices, "ConfirmDead", request)
+        return answer
+
     async def controllers(self) -> list[controllers_pb2.ControllerStatus]:
         """All controllers that are registered, by name, and what they hold."""
         request = controllers_pb2.ListControllersRequest(page_size=_PAGE)

@@ -245,7 +245,7 @@ class DevCluster:
             process.start()
         for process in daemons:
             self._ready(process)
-            self._say(f"{process.name} at {process.endpoint}")
+            self._say(f"{process.name} at {process.endpoint}, process {process.pid}")
         for device in self._devices:
             self.add_device(device)
 

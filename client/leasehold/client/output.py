@@ -144,7 +144,11 @@ HISTORY = Kind(
         "GAINED": lambda recorded: recorded.change.gained.controller,
         "REQUEST": lambda recorded: recorded.change.request,
         "AT": lambda recorded: recorded.change.recorded_at,
-        "REASON": lambda recorded: recorded.change.reason,
+        "REASON": lambda recorded: (
+            f"{recorded.change.operator}: {recorded.change.reason}"
+            if recorded.change.operator
+            else recorded.change.reason
+        ),
     },
     {
         "REVISION": lambda recorded: str(recorded.revision),

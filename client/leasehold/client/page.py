@@ -104,7 +104,16 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
         for item in devices
     ]
     heading = ("DEVICE", "STATE", "EPOCH", "CLIENTS", "QUEUED")
-    return [*_fields(fields), *_table("Holds", heading, rows), *_changes(history, device=True)]
+    failed = [
+        (item.device, str(item.stuck_epoch or ""), str(item.failures), item.failed_at, item.reason)
+        for item in status.failures
+    ]
+    return [
+        *_fields(fields),
+        *_table("Holds", heading, rows),
+        *_table("Failed at", ("DEVICE", "STUCK IN", "FAILURES", "AT", "REASON"), failed),
+        *_changes(history, device=True),
+    ]
 
 
 async def request_page(leasehold: "Leasehold", name: str) -> list[str]:

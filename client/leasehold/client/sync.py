@@ -183,6 +183,11 @@ class Leasehold:
     ) -> devices_pb2.DeviceStatus:
         return self.wait(self._inner.transfer(device, controller, reason=reason, timeout=timeout))
 
+    def confirm_dead(
+        self, device: str, controller: str, *, reason: str, operator: str = ""
+    ) -> devices_pb2.ConfirmDeadResponse:
+        return self.wait(self._inner.confirm_dead(device, controller, reason=reason, operator=operator))
+
     def controllers(self) -> list[controllers_pb2.ControllerStatus]:
         return self.wait(self._inner.controllers())
 

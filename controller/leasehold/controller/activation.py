@@ -1,18 +1,23 @@
 """From a record that names this controller to a device that is served, in an order that keeps writers apart.
 
 1. The journal has the activation before the driver hears of it.
-2. `prepare` opens the device, and registers the epoch on it where the driver knows such a thing; the device's
-   own lease is taken meanwhile.
+2. `prepare` opens the device without writing, and registers the epoch on it where the driver knows such a
+   thing; the device's own lease is taken meanwhile.
 3. Every lower epoch that is not proved to be over is fenced: the leases it names are revoked, then its holder
    is given time to notice (not where the device itself refuses it), then the driver fences.
-4. Only *then* a linearizable read that shows this controller, instance, session and epoch, and whether it may
-   only read. Whoever was given the device before that read is fenced or proved; whoever is given it after
-   fences this epoch.
-5. The gate opens, up to the earlier of both leases' deadlines, and the driver activates.
+4. Only *then* etcd proves that this controller, instance, session and epoch stand, and whether it may only
+   read. Whoever was given the device before that is fenced or proved; whoever is given it after fences this
+   epoch.
+5. The gate opens, up to the earlier of both leases' deadlines, and the driver activates: the first write.
 6. The record gets the path, and hangs on the device's lease from then on.
 
-A driver without reservations registers nothing, so for it the read of step 4 runs beside step 2; when it
-shows lower epochs, it is made again after they were fenced.
+The proof of step 4 is a linearizable read where activating writes, as mounting does. Where it does not, step
+6 comes before step 5, and is the proof: it applies to nothing but the record of this hold. A client that has
+the path a moment before the gate opens is kept waiting by the driver.
+
+What stands is known from the assignment, which says what its transaction wrote, or is read beside step 2. It
+only has to be right at the end, because the publication compares it; when it shows lower epochs, it is read
+again after they were fenced.
 """
 
 import asyncio
@@ -23,10 +28,13 @@ from typing import Any
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
 from leasehold.controller.hold import Hold
+from leasehold.controller.takeover import obstacle
 from leasehold.controller.timing import TimingRefused
+from leasehold.store.codec import Stored
 from leasehold.store.errors import OutcomeUnknown, Unavailable
+from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue, get
-from leasehold.store.ownership import DeviceState, publish
+from leasehold.store.ownership import DeviceState, Serving, Told, publish
 from leasehold.store.records import (
     Device,
     Epoch,
@@ -66,27 +74,33 @@ class Activator:
             self._context.timing.check_ttl("ttl_seconds", spec.ttl)
         except TimingRefused as error:
             raise ActivationFailed(hold.device, hold.epoch, str(error)) from error
+        driver, told = hold.driver, hold.told
         async with asyncio.timeout(self._context.timing.verb) as patience:
-            if hold.driver.fence_kind is FenceKind.RESERVATION:
+            if told is not None:
+                self._check(hold, told.state)
+                state, whom = told.state, _whom(self._context.keys, told)
                 await _together(self._lease(hold, spec.ttl), self._prepare(hold))
-                state = await self._right(hold, spec)
             else:
-                _, _, state = await _together(
-                    self._lease(hold, spec.ttl), self._prepare(hold), self._right(hold, spec)
+                _, _, (state, whom) = await _together(
+                    self._lease(hold, spec.ttl), self._prepare(hold), self._read(hold)
                 )
             fenced: frozenset[Epoch] = frozenset()
             while lower := [item for item in state.unreleased if item.epoch not in (*fenced, hold.epoch)]:
                 patience.reschedule(None)
                 await self._fence(hold, spec, lower)
                 fenced |= {item.epoch for item in lower}
-                state = await self._right(hold, spec)
+                state, whom = await self._read(hold)
                 patience.reschedule(asyncio.get_running_loop().time() + self._context.timing.verb)
-            if hold.lease is None or not hold.open(hold.lease):
-                raise Overtaken("the lease of the device ran out before it was active")
-            self._step(hold, "open")
-            path, ranges = await _together(hold.driver.activate(hold.activation), self._request(hold))
-            self._step(hold, "activated")
-        await self._publish(hold, state, path, ranges)
+            if driver.writes_to_activate:
+                state, whom = await self._read(hold)
+                await self._activate(hold)
+        await self._publish(hold, state, whom)
+        if not driver.writes_to_activate:
+            async with asyncio.timeout(self._context.timing.verb):
+                await self._activate(hold)
+        hold.serving()
+        _log.info("%s: serving %s", hold, hold.path)
+        self._step(hold, "serving")
 
     async def _lease(self, hold: Hold, ttl: int) -> None:
         hold.lease = await self._context.keeper.spare(ttl)
@@ -95,18 +109,31 @@ class Activator:
         await hold.driver.prepare(hold.activation)
         self._step(hold, "prepared")
 
-    async def _right(self, hold: Hold, spec: Device) -> DeviceState:
-        """The state of the device, which shows that the hold stands. Raises Overtaken."""
-        state, _ = await self._context.read(hold.device)
+    async def _activate(self, hold: Hold) -> None:
+        if hold.lease is None or not hold.open(hold.lease):
+            raise Overtaken("the lease of the device ran out before it was active")
+        self._step(hold, "open")
+        await hold.driver.activate(hold.activation)
+        self._step(hold, "activated")
+
+    async def _read(self, hold: Hold) -> tuple[DeviceState, Serving]:
+        """What stands, which shows that the hold does, and whom it is to serve. Raises Overtaken."""
+        reads = self._context.serving_reads(hold.request)
+        state, ranges = await self._context.read(hold.device, *reads)
         self._check(hold, state)
-        if state.spec is None or state.spec.value != spec:
-            raise Overtaken("its spec was changed or removed meanwhile")
         self._step(hold, "read")
-        return state
+        if hold.request and not reads:
+            # Nobody knew it before this read.
+            _, ranges = await self._context.kv.read(
+                *self._context.serving_reads(hold.request), timeout=self._context.timing.call
+            )
+        return state, serving(state, ranges)
 
     def _check(self, hold: Hold, state: DeviceState) -> None:
         if state.unreadable or state.holder is None:
             raise Overtaken(state.unreadable or "its holder record is gone")
+        if state.spec is None or state.spec.value != hold.spec:
+            raise Overtaken("its spec was changed or removed meanwhile")
         holder = state.holder.value
         named = (holder.controller, holder.instance, holder.session_lease, holder.epoch)
         if named != (hold.me.controller, hold.me.instance, hold.me.session_lease, hold.epoch):
@@ -127,6 +154,9 @@ class Activator:
             or not context.journal.knows(item.instance)
             or context.journal.is_open(hold.device, item.epoch)
         )
+        if strangers and hold.driver.fence_kind is FenceKind.NONE:
+            # Nobody takes such a device over; whoever has come to hold it by another way must not act either.
+            raise FenceRefused(hold.device, hold.epoch, obstacle(FenceKind.NONE))
         if strangers:
             _log.warning(
                 "%s: fencing %s",
@@ -165,27 +195,21 @@ class Activator:
         leases |= {item.session_lease for item in lower if carried[item.controller] != item.session_lease}
         await _together(*(context.keeper.revoke(lease_number(lease)) for lease in leases))
 
-    async def _request(self, hold: Hold) -> tuple[tuple[KeyValue, ...], ...]:
-        reads = self._context.serving_reads(hold.request)
-        if not reads:
-            return ()
-        _, ranges = await self._context.kv.read(*reads, timeout=self._context.timing.call)
-        return ranges
-
-    async def _publish(
-        self, hold: Hold, state: DeviceState, path: str, ranges: tuple[tuple[KeyValue, ...], ...]
-    ) -> None:
+    async def _publish(self, hold: Hold, state: DeviceState, whom: Serving) -> None:
         context = self._context
         if hold.lease is None:
             raise AssertionError(f"{hold}: it has no lease")
         lease = lease_id(hold.lease.id)
+        hold.path = hold.driver.path(hold.activation)
         while True:
-            whom = serving(state, ranges)
-            reason = (
-                f"request {hold.request}" if state.holder and whom.newcomer(state.holder.value) else "active"
-            )
+            newcomer = whom.newcomer(state.holder.value) if state.holder else None
             transaction = publish(
-                context.author, state, path=path, device_lease=lease, serving=whom, reason=reason
+                context.author,
+                state,
+                path=hold.path,
+                device_lease=lease,
+                serving=whom,
+                reason=f"request {newcomer.request}" if newcomer else "active",
             )
             while True:
                 try:
@@ -200,14 +224,23 @@ class Activator:
                 break
             if outcome.lease_gone:
                 raise Overtaken("the lease of the device is gone")
-            state, ranges = await context.read(hold.device, *context.serving_reads(hold.request))
-            self._check(hold, state)
-        hold.serving(path)
-        _log.info("%s: serving %s", hold, path)
+            fenced = {item.epoch for item in state.unreleased}
+            state, whom = await self._read(hold)
+            if {item.epoch for item in state.unreleased} - fenced:
+                raise Overtaken("epochs came to light that are not fenced")
         self._step(hold, "published")
 
     def _step(self, hold: Hold, what: str) -> None:
         self._context.step(what, hold.device, hold.epoch)
+
+
+def _whom(keys: Keys, told: Told) -> Serving:
+    """The client is taken to be there: the publication compares it."""
+    answering = told.answering
+    if answering is None or answering.base is None:
+        return Serving()
+    kv = KeyValue(keys.request(answering.id), answering.base, 0, answering.revision, 0, 0)
+    return Serving(request=Stored(answering.request, kv), attended=True)
 
 
 async def _together(*works: Coroutine[Any, Any, Any]) -> Any:

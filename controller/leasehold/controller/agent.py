@@ -10,8 +10,9 @@ acts; it runs serially for one device and concurrently over devices. The transit
     assignment of no use   -> sweep it
 
 Two things are done from the event itself, because waiting for a read would cost time and doing them
-needlessly costs no safety: a hold is told to end, and a hold that was assigned is prepared. Nothing acts on
-the device before a linearizable read has shown that it may.
+needlessly costs no safety: a hold is told to end, and a hold that was assigned is prepared. An assignment
+also says how the device stood when it was written, and what is made of that is compared by the transaction
+that follows. Nothing acts on the device before etcd has shown that it may.
 
 What wakes a device: its assignment here (`assignments/<me>/`), the deletion of its holder record, the end of
 its holder's session, the loss of a lease, a failure of its data path, a retry, and the sweep, which now and
@@ -36,7 +37,7 @@ from leasehold.controller.worker import KeyedWorker
 from leasehold.store.codec import Stored
 from leasehold.store.errors import StoreError, Unavailable
 from leasehold.store.kv import KeyValue, delete, get, unchanged
-from leasehold.store.ownership import DeviceState, NotPossible
+from leasehold.store.ownership import DeviceState, NotPossible, Told, told
 from leasehold.store.records import (
     NO_LEASE,
     Assignment,
@@ -47,6 +48,7 @@ from leasehold.store.records import (
     DeviceId,
     Epoch,
     Holder,
+    HolderState,
     InstanceId,
 )
 
@@ -71,6 +73,8 @@ class Agent:
         self._ended: dict[DeviceId, Epoch] = {}
         self._nothing_held = asyncio.Event()
         self._refusals: dict[DeviceId, str] = {}
+        self._busy: dict[DeviceId, str] = {}
+        """What was said of devices whose records can not be understood; once, not at each look."""
         self.holds: dict[DeviceId, Hold] = {}
         self.assignments: dict[DeviceId, Stored[Assignment]] = {}
         self.specs: dict[DeviceId, Stored[Device]] = {}
@@ -101,6 +105,9 @@ class Agent:
         if hold is not None:
             if prev is None or prev.epoch == hold.epoch:
                 hold.end("its holder record was deleted")
+            if device in self._busy:
+                # Somebody has put right what could not be understood.
+                self.worker.wake(device)
             if prev is None or prev.epoch <= hold.epoch:
                 return
             # Of a later holder: this hold is on its way out, and the device may have to be taken over.
@@ -135,10 +142,14 @@ class Agent:
             hold.end(reason, failed=True)
 
     def adopt(self, item: OpenActivation) -> None:
-        """An activation of an earlier instance that is not proved to be over: a hold that only ends."""
+        """An activation of an earlier instance that is not proved to be over: a hold that only ends.
+
+        Its slot is the one under which its driver was asked before: to a driver another one would be another
+        activation.
+        """
         context = self._context
         was = Controller(controller=context.name, instance=item.instance, session_lease=NO_LEASE)
-        activation = Activation(item.device, item.epoch, item.parameters, context.gate.take_slot())
+        activation = Activation(item.device, item.epoch, item.parameters, item.slot)
         driver = context.drivers[item.driver]
         self.holds[item.device] = Hold(
             item.device, item.epoch, was, driver, activation, context.gate, self._on_end, Phase.ENDING
@@ -195,17 +206,22 @@ class Agent:
         if device not in self.holds:
             self._prepare_assigned(device)
         refused: tuple[int, int] | None = None
+        # What the assignment says is good for one attempt: if that is refused, something has changed since.
+        told = self._told(device)
         for _ in range(_ROUNDS):
             hold = self.holds.get(device)
             if hold is not None and hold.phase is Phase.PREPARING:
                 if await self._bring_up(hold):
                     return
                 continue
-            state, found = await self._look(device, hold)
+            state, found = await self._look(device, hold, told)
             if hold is not None and hold.phase is Phase.ENDING:
+                await self._give_back(hold, state)
                 self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
                 return
             decision = decide(self._situation(device, hold), state)
+            if decision.step is not Step.WAIT:
+                self._busy.pop(device, None)
             seen = _revisions(state)
             if decision.step is Step.SWAP and seen == refused:
                 # Nothing changed but the target, which is gone. A commit of our own settles it, and the
@@ -218,17 +234,42 @@ class Agent:
             except NotPossible as error:
                 _log.info("device %s: %s; looking again", device, error.reason)
                 continue
+            finally:
+                told = None
             if done:
                 return
             if decision.step is Step.SWAP:
                 refused = seen
         raise Unavailable(f"device {device} changes too fast to be acted on")
 
+    def _told(self, device: DeviceId) -> Told | None:
+        """What the assignment of a device says of it."""
+        assignment, spec = self.assignments.get(device), self.specs.get(device)
+        if assignment is None or spec is None:
+            return None
+        return told(self._context.keys, assignment, spec)
+
+    async def _give_back(self, hold: Hold, state: DeviceState) -> None:
+        """Give up a later epoch of a device that is stuck here: it can not begin before the proof."""
+        holder, me = state.holder.value if state.holder else None, self._session.me
+        if state.unreadable or holder is None or me is None or holder.instance != me.instance:
+            return
+        if holder.epoch > hold.epoch:
+            reason = f"it is stuck here in epoch {hold.epoch}"
+            if await self._settler.release(hold.device, frozenset({holder.epoch}), state, reason):
+                self._ended[hold.device] = holder.epoch
+
     async def _look(
-        self, device: DeviceId, hold: Hold | None
+        self, device: DeviceId, hold: Hold | None, told: Told | None
     ) -> tuple[DeviceState, tuple[tuple[KeyValue, ...], ...]]:
-        """Read the device, and beside that have a hold that ends proved over."""
+        """Read the device, and beside that have a hold that ends proved over.
+
+        If it ends because it was told to yield, what it was `told` serves as well.
+        """
         context = self._context
+        if hold is not None and told is not None and _is_to_yield(hold, told.state):
+            await self._settler.prove(hold)
+            return told.state, ()
         failures = get(context.keys.availability(device, context.name))
         more = (failures,) if self._has_failed(device, hold) else ()
         reading = context.read(device, *more)
@@ -259,7 +300,10 @@ class Agent:
                 hold.end(decision.reason, graceful=_stands(state, hold))
                 return False
             case Step.SWAP:
-                if not await self._settler.swap(device, state.epoch, state, decision.reason):
+                told = self._told(device)
+                same = told is not None and _revisions(told.state) == _revisions(state)
+                answering = told.answering if told is not None and same else None
+                if not await self._settler.swap(device, state.epoch, state, decision.reason, answering):
                     return False
                 if hold is not None and hold.lease is not None:
                     # The record hangs on the target's session now, and nobody was or will be told to revoke
@@ -293,7 +337,7 @@ class Agent:
             case Step.COMPETE:
                 return await self._compete(device, state)
             case Step.WAIT:
-                _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, decision.reason)
+                self._say_busy(device, state, decision.reason)
                 self.worker.wake_later(device, _BUSY)
                 return True
             case _:
@@ -301,6 +345,11 @@ class Agent:
                     self._contest.over(device)
                 await self._sweep(device, state)
                 return True
+
+    def _say_busy(self, device: DeviceId, state: DeviceState, reason: str) -> None:
+        if self._busy.get(device) != reason:
+            _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, reason)
+        self._busy[device] = reason
 
     async def _compete(self, device: DeviceId, state: DeviceState) -> bool:
         me = self._session.me
@@ -329,10 +378,18 @@ class Agent:
             and assignment.value.epoch > self._ended.get(device, 0)
             and not self.stopping
         ):
-            told = assignment.value
-            self._begin(device, told.epoch, spec.value, read_only=told.read_only)
+            wanted = assignment.value
+            self._begin(device, wanted.epoch, spec.value, read_only=wanted.read_only, told=self._told(device))
 
-    def _begin(self, device: DeviceId, epoch: Epoch, spec: Device | None, *, read_only: bool) -> None:
+    def _begin(
+        self,
+        device: DeviceId,
+        epoch: Epoch,
+        spec: Device | None,
+        *,
+        read_only: bool,
+        told: Told | None = None,
+    ) -> None:
         """A hold in PREPARING, its activation in the journal; or a refusal, and the epoch is over here."""
         context, me = self._context, self._session.me
         if me is None or self.stopping:
@@ -356,7 +413,7 @@ class Agent:
             raise
         activation = Activation(device, epoch, dict(spec.parameters), slot, read_only)
         self.holds[device] = Hold(
-            device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec
+            device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec, told=told
         )
         context.step("begun", device, epoch)
 
@@ -424,6 +481,7 @@ class Agent:
             epoch=hold.epoch if hold else NO_EPOCH,
             ended=self._ended.get(device, NO_EPOCH),
             stopping=self.stopping,
+            lease=hold.lease.id if hold and hold.lease else 0,
         )
 
     async def _sweep(self, device: DeviceId, state: DeviceState) -> None:
@@ -448,6 +506,19 @@ def _revisions(state: DeviceState) -> tuple[int, int]:
     return (
         state.holder.mod_revision if state.holder else 0,
         state.epochs.mod_revision if state.epochs else 0,
+    )
+
+
+def _is_to_yield(hold: Hold, state: DeviceState) -> bool:
+    """Whether the hold ends, without a failure, and `state` is what it was told with the order to yield."""
+    holder = state.holder.value if state.holder else None
+    return (
+        hold.phase is Phase.ENDING
+        and not hold.failed
+        and holder is not None
+        and holder.state is HolderState.YIELDING
+        and holder.epoch == hold.epoch
+        and holder.instance == hold.me.instance
     )
 
 

@@ -66,6 +66,7 @@ class Contest:
         self._context = context
         self._chances: dict[DeviceId, Chance] = {}
         self._roster: asyncio.Task[_Roster] | None = None
+        self._said: dict[DeviceId, Epoch] = {}
 
     def seen(
         self, device: DeviceId, *, lost: ControllerId | None = None, target: ControllerId | None = None
@@ -104,6 +105,7 @@ class Contest:
         why_not = "it has no spec" if spec is None else may_serve(spec, me)
         if not why_not and driver is not None:
             why_not = obstacle(driver.fence_kind)
+            self._say_once(device, state, why_not)
         if why_not or spec is None:
             self.over(device)
             return Passed(why_not)
@@ -143,6 +145,12 @@ class Contest:
         )
         context.step("taken over", device, epoch)
         return Won(epoch)
+
+    def _say_once(self, device: DeviceId, state: DeviceState, why_not: str) -> None:
+        """For an operator: a device waits, and nobody here will take it over. Once for each epoch."""
+        if why_not and self._said.get(device) != state.epoch:
+            _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, why_not)
+            self._said[device] = state.epoch
 
     async def _registered(self) -> _Roster:
         """The registrations, read once for all devices that are competed for at about the same time."""

@@ -84,15 +84,14 @@ def serving(state: DeviceState, ranges: tuple[tuple[KeyValue, ...], ...]) -> Ser
     A request that can not be read is not answered by us; its coordinator raises the alarm.
     """
     request: Stored[AccessRequest] | None = None
-    client: Stored[Client] | None = None
     try:
         if len(ranges) == 2 and ranges[0] and ranges[1]:
             request = decode(AccessRequest, ranges[0][0])
-            client = decode(Client, ranges[1][0])
+            decode(Client, ranges[1][0])
     except Unreadable as error:
         _log.error("device %s: its request is not answered: %s", state.device, error)
-        request = client = None
-    return Serving(state.grants, request, client)
+        request = None
+    return Serving(state.grants, request, attended=request is not None)
 
 
 def _words(outcome: Applied | Refused) -> str:

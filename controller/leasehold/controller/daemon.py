@@ -230,6 +230,8 @@ class Daemon:
             software=version("leasehold"),
             drain_seconds=math.ceil(config.timing.drain),
             fencer_lacks=self._fencer.lacks,
+            fences={name: driver.fence_kind.value for name, driver in self.context.drivers.items()},
+            session_ttl_seconds=config.timing.session_ttl,
         )
 
     async def _keep_session(self) -> None:

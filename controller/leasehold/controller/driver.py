@@ -5,8 +5,10 @@ A driver is a class that takes a DriverContext, registered as an entry point in 
 
 The agent calls the verbs of one hold in this order::
 
-    prepare -> fence -> (the right is verified, the gate is opened) -> activate
+    prepare -> fence -> (the right is proved) -> (the gate is opened) -> activate
             -> verify, now and then -> deactivate
+
+Where `writes_to_activate` is False, clients may be told the `path` before `activate` has returned.
 
 Every verb is idempotent, carries the epoch, may be cancelled, and may be called again after a
 time-out, which means only *perhaps done*. `deactivate` may come first of all: after a crash the
@@ -127,6 +129,8 @@ class Driver(Protocol):
 
     name: str
     fence_kind: FenceKind
+    writes_to_activate: bool
+    """Whether making a device usable writes to it: then the right to it is proved before, by a read."""
 
     async def start(self) -> None:
         """Prove that nothing of an earlier instance is left, then get ready. Raises DriverError."""
@@ -146,8 +150,14 @@ class Driver(Protocol):
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Make certain that the epochs `lower` write no more. Raises FenceRefused."""
 
-    async def activate(self, activation: Activation) -> str:
-        """Make the device usable; its gate is open. Returns the path's URI. Raises ActivationFailed."""
+    def path(self, activation: Activation) -> str:
+        """The URI under which a device that is prepared is served, or is about to be.
+
+        Whoever comes to it before `activate` has returned waits there.
+        """
+
+    async def activate(self, activation: Activation) -> None:
+        """Make the device usable; its gate is open. Raises ActivationFailed."""
 
     async def verify(self, activation: Activation) -> str | None:
         """None if the data path is healthy, else why it is not."""

@@ -79,7 +79,9 @@ def _bears_out(hold: Hold, found: tuple[KeyValue, ...]) -> bool:
         holder is not None
         and holder.epoch == hold.epoch
         and holder.instance == hold.me.instance
-        and found[0].lease != 0
+        and holder.session_lease == hold.me.session_lease
+        and hold.lease is not None
+        and found[0].lease == hold.lease.id
     )
 
 

@@ -33,7 +33,7 @@ from enum import StrEnum
 from leasehold.controller.driver import Activation, Driver
 from leasehold.controller.gate import Gate
 from leasehold.store.leases import Lease
-from leasehold.store.ownership import DeviceState
+from leasehold.store.ownership import DeviceState, Told
 from leasehold.store.records import (
     NO_REQUEST,
     Controller,
@@ -93,8 +93,8 @@ class Situation:
 
     `me` is None while there is no session. `held` is who this controller was when the hold that it has here
     began. `ended` is the highest epoch in which it has already ended a hold of this device, `stopping` that
-    it gives everything up. `provable(instance, epoch)` says whether it is proved that an instance of it, an
-    earlier one or this, is inactive in that epoch.
+    it gives everything up, `lease` the device's own under the hold. `provable(instance, epoch)` says whether
+    it is proved that an instance of it, an earlier one or this, is inactive in that epoch.
     """
 
     name: ControllerId
@@ -105,6 +105,7 @@ class Situation:
     epoch: Epoch = NO_EPOCH
     ended: Epoch = NO_EPOCH
     stopping: bool = False
+    lease: int = 0
 
 
 def decide(now: Situation, state: DeviceState) -> Decision:
@@ -120,10 +121,10 @@ def decide(now: Situation, state: DeviceState) -> Decision:
         return Decision(Step.END, "it is not proved yet")
     if now.phase is Phase.PROVED:
         return _proved(now, now.held, state, holder)
-    return _acting(now, now.held, holder)
+    return _acting(now, now.held, holder, state.holder.kv.lease if state.holder else 0)
 
 
-def _acting(now: Situation, held: Controller, holder: Holder | None) -> Decision:
+def _acting(now: Situation, held: Controller, holder: Holder | None, hangs_on: int) -> Decision:
     if holder is None or holder.epoch != now.epoch or not _names(holder, held):
         return Decision(Step.END, f"the holder record is not ours any more: {_whose(holder)}")
     if holder.state is HolderState.YIELDING:
@@ -132,6 +133,8 @@ def _acting(now: Situation, held: Controller, holder: Holder | None) -> Decision
         return Decision(Step.END, "this controller stops")
     if now.phase is Phase.SERVING and holder.state is not HolderState.ACTIVE:
         return Decision(Step.END, f"the holder record went back to {holder.state}")
+    if now.phase is Phase.SERVING and hangs_on != now.lease:
+        return Decision(Step.END, "the holder record hangs on another lease than this hold")
     return Decision(Step.KEEP, "it is as it should be")
 
 
@@ -222,6 +225,8 @@ class Hold:
     phase: Phase = Phase.PREPARING
     spec: Device | None = None
     """What the activation was made from; None for one that is only to be proved over."""
+    told: Told | None = None
+    """What the assignment said of the device."""
     lease: Lease | None = None
     path: str = ""
     request: RequestId = NO_REQUEST
@@ -250,9 +255,8 @@ class Hold:
         self._guard = asyncio.create_task(self._until_lost(lease), name=f"lease of {self.device}")
         return True
 
-    def serving(self, path: str) -> None:
+    def serving(self) -> None:
         self._to(Phase.SERVING)
-        self.path = path
 
     def end(self, reason: str, *, failed: bool = False, graceful: bool = False) -> None:
         """Begin to end, once. An activation under way is abandoned.

@@ -20,6 +20,7 @@ tens of microseconds and belong to the event loop's thread; `checkpoint` alone w
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Mapping
@@ -30,8 +31,18 @@ from typing import Self
 from leasehold.store.records import ControllerId, DeviceId, Epoch, InstanceId, LeaseId
 from leasehold.store.walltime import timestamp
 
+_log = logging.getLogger(__name__)
+
 VERSION = 1
 KEPT_CHANGES = 10_000
+KEPT_ACTIVATIONS = 10_000
+"""Of those that are proved over: for people, recovery needs none of them."""
+KEPT_SESSIONS = 1_000
+"""Of those that have ended. By them an instance is known as one of this controller's, and what it left can be
+released; one that is forgotten counts as a stranger's, whose epochs are fenced."""
+_TRIMS_PER_CHECKPOINT = 100
+_TRIMMED_AT_ONCE = 200
+"""Rows forgotten in one go, within a millisecond or two: the event loop waits meanwhile."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -69,6 +80,25 @@ CREATE TABLE IF NOT EXISTS changes (
     settled_at TEXT
 ) STRICT;
 """
+
+_TRIMS = (
+    (
+        "DELETE FROM activations WHERE rowid IN (SELECT rowid FROM activations"
+        " WHERE rowid <= (SELECT max(rowid) FROM activations) - :kept AND proof IS NOT NULL LIMIT :limit)",
+        KEPT_ACTIVATIONS,
+    ),
+    (
+        "DELETE FROM changes WHERE id IN (SELECT id FROM changes"
+        " WHERE id <= (SELECT max(id) FROM changes) - :kept LIMIT :limit)",
+        KEPT_CHANGES,
+    ),
+    (
+        "DELETE FROM sessions WHERE rowid IN (SELECT rowid FROM sessions"
+        " WHERE rowid <= (SELECT max(rowid) FROM sessions) - :kept AND ended_at IS NOT NULL"
+        " AND instance NOT IN (SELECT instance FROM activations WHERE proof IS NULL) LIMIT :limit)",
+        KEPT_SESSIONS,
+    ),
+)
 
 
 class JournalRefused(Exception):
@@ -243,8 +273,24 @@ class Journal:
         )
 
     async def checkpoint(self) -> None:
-        """Move the log into the database. The disk is waited for in a thread of its own."""
+        """Forget what is of no use any more, and move the log into the database.
+
+        The disk is waited for in a thread of its own.
+        """
+        for _ in range(_TRIMS_PER_CHECKPOINT):
+            if not self.trim():
+                break
+            await asyncio.sleep(0)
         await asyncio.to_thread(_checkpoint, self.path)
+
+    def trim(self, limit: int = _TRIMMED_AT_ONCE) -> int:
+        """Forget what is beyond the bounds, `limit` rows of each kind at most. How many.
+
+        What is open is kept, whatever its age, with the sessions of its instance.
+        """
+        return sum(
+            self._db.execute(statement, {"kept": kept, "limit": limit}).rowcount for statement, kept in _TRIMS
+        )
 
     def _prepare(self, controller: ControllerId) -> None:
         db = self._db
@@ -265,12 +311,28 @@ class Journal:
             raise JournalRefused(
                 f"{self.path} belongs to controller {owner}, not {controller}: give each its own state_dir"
             )
+        self._leave_to_its_original()
         self._read()
-        db.execute(
-            "DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?",
-            (KEPT_CHANGES,),
-        )
+        while self.trim():
+            pass
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _leave_to_its_original(self) -> None:
+        """In a copy of a state directory, forget what was done since this host's boot.
+
+        The controller of the original may still be doing it: no lock tells, for that is on another file. Here
+        it is a stranger's. The same goes for one that was restored, or moved to another filesystem.
+        """
+        place = str(os.fstat(self._lock).st_ino)
+        self._db.execute("INSERT OR IGNORE INTO about VALUES ('place', ?)", (place,))
+        (known,) = self._db.execute("SELECT value FROM about WHERE name = 'place'").fetchone()
+        if known == place:
+            return
+        _log.warning("%s is a copy: what was done since this boot is left to its original", self.path)
+        here = (self.host.boot, self.host.machine)
+        self._db.execute("DELETE FROM sessions WHERE boot = ? AND machine = ?", here)
+        self._db.execute("DELETE FROM activations WHERE proof IS NULL AND boot = ? AND machine = ?", here)
+        self._db.execute("UPDATE about SET value = ? WHERE name = 'place'", (place,))
 
     def _read(self) -> None:
         # A directory that came here from another machine says nothing about what still runs over there.

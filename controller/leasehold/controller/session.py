@@ -4,8 +4,9 @@ Every hold is bound to the session it began under. When that is lost all its hol
 them was shut and its driver asked for proof does the controller register again, under a new session. That one
 revives nothing: an epoch given under the old session is released and never acted in.
 
-A name belongs to one controller. An instance that finds its name registered waits as long as the other's
-session can live without being renewed, and is refused if it lives on.
+A name belongs to one controller. An instance that finds its name registered by one that its journal does not
+have is refused at once: whether that one lives, is stopped or is cut off can not be told from here, and if it
+goes on it must find its name as it left it. Only a session of this very controller is waited for.
 """
 
 import asyncio
@@ -15,10 +16,10 @@ from dataclasses import replace
 
 from leasehold.controller.context import Context
 from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
-from leasehold.store.codec import encode
+from leasehold.store.codec import Unreadable, decode, encode
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import put, unchanged
-from leasehold.store.records import Controller, LeaseId, lease_number
+from leasehold.store.records import Controller, InstanceId, LeaseId, lease_id, lease_number
 
 _log = logging.getLogger(__name__)
 
@@ -46,16 +47,13 @@ class Session:
         """The registration that stands, as far as is known here. None without a session."""
         return self._registered.record if self._registered else None
 
-    async def begin(self, *, patience: float | None = None) -> None:
-        """Register. Raises NameTaken if another instance goes on living under the name.
+    async def begin(self) -> None:
+        """Register. Raises NameTaken if another controller is registered under the name.
 
-        Waits for etcd as long as it takes. `patience` is for how many seconds another may live on; by default
-        as long as its lease can without being renewed.
+        Waits for etcd as long as it takes, and for a session of its own that may still stand.
         """
         context = self._context
         key = context.keys.controller(context.name)
-        loop = asyncio.get_running_loop()
-        ends: dict[LeaseId, float] = {}
         pause = 0.1
         while True:
             try:
@@ -72,12 +70,10 @@ class Session:
                     else:
                         await self._give_back_again(taken.lease)
                     continue
-                if taken.lease not in ends:
-                    left = await self._life(taken.lease) if patience is None else patience
-                    ends[taken.lease] = loop.time() + left
-                    _log.warning("%s; it has %.0f s to go away", taken, left)
-                if loop.time() >= ends[taken.lease] or len(ends) > 1:
+                if not context.journal.knows(InstanceId(taken.instance)):
                     raise
+                # An earlier one of this state directory, which is over: nobody else can have locked it.
+                await self._give_back_again(taken.lease)
                 await asyncio.sleep(_LOOK)
                 continue
             except (SessionLost, OutcomeUnknown, Unavailable) as error:
@@ -171,14 +167,22 @@ class Session:
         if self._registered is registered:
             self._context.gate.set_session(deadline)
 
-    async def _life(self, lease: LeaseId) -> float:
-        try:
-            found = await self._context.keeper.time_to_live(lease_number(lease))
-        except StoreError as error:
-            _log.warning("the life of lease %s is not known, a session's is assumed: %s", lease, error)
-            return self._context.timing.session_ttl + 2 * _LOOK
-        # One that lives is renewed every quarter of its TTL, and goes on living beyond what it has left now.
-        return float(found or 0) + 2 * _LOOK
+
+async def refuse_strangers(context: Context) -> None:
+    """Raises NameTaken if the name is registered by an instance that the journal does not have, StoreError.
+
+    Asked before anything is begun, so that a second controller of a name touches nothing of the first.
+    """
+    key = context.keys.controller(context.name)
+    found = await context.kv.get(key, timeout=context.timing.call)
+    if found is None:
+        return
+    try:
+        instance = decode(Controller, found).value.instance
+    except Unreadable as error:
+        raise NameTaken(key, f"unknown ({error.reason})", lease_id(found.lease)) from error
+    if not context.journal.knows(instance):
+        raise NameTaken(key, instance, lease_id(found.lease))
 
 
 async def revoke(context: Context, lease: LeaseId) -> None:

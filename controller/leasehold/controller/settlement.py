@@ -8,14 +8,14 @@ import asyncio
 import logging
 import sys
 
+from leasehold.controller import stuck
 from leasehold.controller.context import Context
 from leasehold.controller.driver import DriverError
 from leasehold.controller.hold import Hold, Phase
-from leasehold.store.codec import Unreadable, decode, encode
-from leasehold.store.errors import StoreError
-from leasehold.store.kv import KeyValue, get
-from leasehold.store.ownership import DeviceState, release, swap
-from leasehold.store.records import Availability, DeviceId, Epoch
+from leasehold.store.codec import Unreadable, decode
+from leasehold.store.kv import KeyValue
+from leasehold.store.ownership import Answering, DeviceState, release, swap
+from leasehold.store.records import NO_LEASE, Availability, DeviceId, Epoch
 from leasehold.store.transaction import Applied
 from leasehold.store.walltime import timestamp
 
@@ -45,20 +45,25 @@ class Settler:
             hold.unproved()
             reason = str(error) or "the driver did not answer in time"
             _log.error("%s: STUCK, it is not proved to be inactive: %s", hold, reason)
-            await self._say(hold.device, f"STUCK in epoch {hold.epoch}: {reason}")
+            await stuck.say(context, hold.device, hold.epoch, reason)
             return False
         finally:
             if hold.phase is Phase.ENDING and sys.exc_info()[0] is not None:
                 hold.unproved()
         context.journal.prove(hold.device, hold.epoch, f"driver {hold.driver.name}")
+        if hold.proofs_missed or hold.me.session_lease == NO_LEASE:
+            # Before anything is released: if etcd does not answer, the whole proof is asked for again.
+            await stuck.clear(context, hold.device)
         hold.proved()
         context.gate.give_slot(hold.activation.slot)
         context.step("proved", hold.device, hold.epoch)
         return True
 
-    async def swap(self, device: DeviceId, epoch: Epoch, state: DeviceState, reason: str) -> bool:
+    async def swap(
+        self, device: DeviceId, epoch: Epoch, state: DeviceState, reason: str, answering: Answering | None
+    ) -> bool:
         """Pass control to the target. False if that was refused; nothing may be concluded from why."""
-        transaction = swap(self._context.author, state, reason=reason)
+        transaction = swap(self._context.author, state, reason=reason, answering=answering)
         outcome = await self._context.commit(transaction, device, epoch, "TRANSFERRED")
         self._context.step("swapped" if isinstance(outcome, Applied) else "swap refused", device, epoch)
         return isinstance(outcome, Applied)
@@ -93,12 +98,3 @@ class Settler:
             reason=reason,
             failed_at=timestamp(),
         )
-
-    async def _say(self, device: DeviceId, reason: str) -> None:
-        key = self._context.keys.availability(device, self._context.name)
-        try:
-            _, found = await self._context.kv.read(get(key), timeout=self._context.timing.call)
-            value = self.failure(device, found, reason)
-            await self._context.kv.put(key, encode(value), timeout=self._context.timing.call)
-        except StoreError as error:
-            _log.warning("device %s: etcd could not be told that it is stuck: %s", device, error)

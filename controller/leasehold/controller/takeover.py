@@ -67,7 +67,10 @@ def vacant(state: DeviceState, carried: Mapping[ControllerId, LeaseId]) -> str:
 def obstacle(fence: FenceKind) -> str:
     """Why nobody may take over from one that only fell silent; empty if the driver can fence it."""
     if fence is FenceKind.NONE:
-        return "FENCE_UNAVAILABLE: its driver can not make an earlier holder stop; proof is awaited"
+        return (
+            "FENCE_UNAVAILABLE: its driver can not make an earlier holder stop; it waits for that one's"
+            " proof, or for an operator's word (leasehold confirm-dead)"
+        )
     return ""
 
 

@@ -91,10 +91,11 @@ class Timing:
         """How long a successor waits after the leases of the epochs `lower` are known to be gone.
 
         Under STRICT it is the longest time that any holder could believe in a lease which a person revoked
-        while that holder was cut off.
+        while that holder was cut off: a hold lives by the device's lease and by its controller's session.
         """
         if policy is TakeoverPolicy.STRICT:
-            return float(max([ttl, self.session_ttl, *(item.ttl_seconds for item in lower)])) + EXPIRY_SCAN
+            lives = (max(item.ttl_seconds, item.session_ttl_seconds) for item in lower)
+            return float(max([ttl, self.session_ttl, *lives])) + EXPIRY_SCAN
         return self.hold_off
 
 

@@ -99,7 +99,7 @@ class Cluster:
         self.loaded = asyncio.Event()
         self.on_change: Callable[[frozenset[DeviceId] | None], None] = lambda _: None
         self._subscriptions: dict[DeviceId, set[Subscription]] = {}
-        self._reached = asyncio.Condition()
+        self._awaited: dict[asyncio.Future[bool], int] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -213,7 +213,7 @@ class Cluster:
         async with aclosing(follow(connection, self.keys.prefix)) as changes:
             async for change in changes:
                 if isinstance(change, Batch):
-                    await self._tell(self.apply(change))
+                    self._tell(self.apply(change))
                     continue
                 if isinstance(change, Gap):
                     _log.warning(
@@ -222,7 +222,7 @@ class Cluster:
                         change.lost_to,
                     )
                 self.load(change.snapshot if isinstance(change, Gap) else change)
-                await self._tell(None)
+                self._tell(None)
                 self.loaded.set()
 
     def apply(self, batch: Batch) -> frozenset[DeviceId] | None:
@@ -334,24 +334,28 @@ class Cluster:
 
     # Who is told.
 
-    async def _tell(self, devices: frozenset[DeviceId] | None) -> None:
+    def _tell(self, devices: frozenset[DeviceId] | None) -> None:
         self.on_change(devices)
         for device in self._subscriptions if devices is None else devices:
             for subscription in self._subscriptions.get(device, ()):
                 subscription.notify()
-        async with self._reached:
-            self._reached.notify_all()
+        for waiting, revision in list(self._awaited.items()):
+            if self.revision >= revision and not waiting.done():
+                waiting.set_result(True)
 
     async def reached(self, revision: int, timeout: float) -> bool:
         """Wait until the mirror shows `revision`, for at most `timeout` seconds. Whether it does."""
         if self.revision >= revision:
             return True
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[bool] = loop.create_future()
+        self._awaited[waiting] = revision
+        patience = loop.call_later(timeout, _give_up, waiting)
         try:
-            async with asyncio.timeout(timeout), self._reached:
-                await self._reached.wait_for(lambda: self.revision >= revision)
-        except TimeoutError:
-            return False
-        return True
+            return await waiting
+        finally:
+            patience.cancel()
+            del self._awaited[waiting]
 
     @contextmanager
     def subscribe(self, device: DeviceId) -> Iterator[Subscription]:
@@ -370,6 +374,11 @@ class Cluster:
 ALL = DeviceId("*")
 """Stands for every device: something changed that may concern any."""
 NOTHING = DeviceId("")
+
+
+def _give_up(waiting: "asyncio.Future[bool]") -> None:
+    if not waiting.done():
+        waiting.set_result(False)
 
 
 def _is_id(text: str) -> bool:

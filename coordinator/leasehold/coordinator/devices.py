@@ -8,6 +8,7 @@ import grpc
 
 from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import Cluster, Subscription
+from leasehold.coordinator.confirming import Confirming, Word, operator
 from leasehold.coordinator.desk import no_device
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import candidates, device_status
@@ -39,6 +40,7 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         self._ledger = ledger
         self._reader = Reader(ledger.kv, cluster)
         self._specs = Specs(ledger, self._reader, checker)
+        self._confirming = Confirming(ledger)
 
     async def CreateDevice(self, request: devices_pb2.CreateDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.CreateDeviceResponse:
@@ -101,6 +103,18 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
             await self._transfer(view.device, target, reason, min(timeout, TRANSFER_TIMEOUT))
             return devices_pb2.TransferDeviceResponse(
                 status=device_status(await self._reader.device(view.device))
+            )
+
+        return await answering(context, handle)
+
+    async def ConfirmDead(self, request: devices_pb2.ConfirmDeadRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> devices_pb2.ConfirmDeadResponse:
+            view = await self._known(request.device)
+            controller = ControllerId(check_id("controller", request.controller))
+            word = Word(controller, operator(request.operator, context), _sentence("reason", request.reason))
+            epochs = await self._confirming.confirm(view.device, word)
+            return devices_pb2.ConfirmDeadResponse(
+                status=device_status(await self._reader.device(view.device)), epochs=epochs
             )
 
         return await answering(context, handle)
@@ -173,6 +187,12 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
             holder=holder.controller if holder else "",
             epoch=view.state.epoch,
         )
+
+
+def _sentence(field: str, text: str) -> str:
+    wanted = f"one printable line of at most {LONGEST_REASON} characters"
+    require(bool(text.strip()) and len(text) <= LONGEST_REASON and text.isprintable(), field, wanted)
+    return text.strip()
 
 
 async def _next(subscription: Subscription) -> None:

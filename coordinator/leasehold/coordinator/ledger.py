@@ -10,8 +10,8 @@ from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store import ownership, requests
 from leasehold.store.keys import Keys
 from leasehold.store.kv import Get, Kv, Operation
-from leasehold.store.ownership import Author
-from leasehold.store.records import NO_REQUEST, RequestState
+from leasehold.store.ownership import Answering, Author
+from leasehold.store.records import RequestState
 from leasehold.store.requests import QueueSeen, decided_for
 from leasehold.store.transaction import Applied, Refused, Transaction, commit
 
@@ -70,23 +70,15 @@ class Ledger:
             case Wait():
                 return None
             case Assign(reason, target, waiting):
-                request = waiting.request.request if waiting else NO_REQUEST
-                mode = waiting.request.mode if waiting else None
-                made = ownership.assign(
-                    self.author, view.state, target, reason=reason, request=request, mode=mode
-                )
-                return self._for(made, queue, waiting) if waiting else made
+                if waiting is None:
+                    return ownership.assign(self.author, view.state, target, reason=reason)
+                answering = _answering(waiting)
+                made = ownership.assign(self.author, view.state, target, reason=reason, answering=answering)
+                return self._for(made, queue, waiting, answering)
             case Direct(reason, target, waiting):
-                request = waiting.request.request
-                made = ownership.direct(
-                    self.author,
-                    view.state,
-                    target,
-                    reason=reason,
-                    request=request,
-                    mode=waiting.request.mode,
-                )
-                return self._for(made, queue, waiting)
+                answering = _answering(waiting)
+                made = ownership.direct(self.author, view.state, target, reason=reason, answering=answering)
+                return self._for(made, queue, waiting, answering)
             case Give(reason, waiting):
                 return self._give(view, queue, waiting, reason)
             case Reject(reason, waiting):
@@ -101,9 +93,16 @@ class Ledger:
             return None
         return requests.grant(self.keys, view.state, queue, waiting.stored, waiting.client, reason=reason)
 
-    def _for(self, made: Transaction, queue: QueueSeen, waiting: Waiting) -> Transaction:
+    def _for(
+        self, made: Transaction, queue: QueueSeen, waiting: Waiting, answering: Answering
+    ) -> Transaction:
         if waiting.stored is None:
-            submitted = requests.submit(self.keys, waiting.request)
             # Its outcome is found by the change in the history, which only this transaction writes.
-            made = made.with_(submitted)
+            made = made.with_(requests.submit(self.keys, answering.request))
         return decided_for(self.keys, made, queue, waiting.stored)
+
+
+def _answering(waiting: Waiting) -> Answering:
+    if waiting.stored is None:
+        return Answering(requests.pending(waiting.request))
+    return Answering(waiting.request, waiting.stored.kv.value, waiting.stored.mod_revision)

@@ -39,6 +39,10 @@ class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
                 holder = now.state(device).holder
                 if holder:
                     held[holder.value.controller].append(device)
+            failures = defaultdict(list)
+            for device in sorted(now.known_devices):
+                for name, lately in now.view(device).availability.items():
+                    failures[name].append(cast("records_pb2.Availability", to_message(lately)))
             chosen, token = page(
                 sorted(now.controllers), lambda name: name, request.page_size, request.page_token
             )
@@ -46,6 +50,7 @@ class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
                 controllers_pb2.ControllerStatus(
                     controller=cast("records_pb2.Controller", to_message(now.controllers[name].value)),
                     devices=held[name],
+                    failures=failures[name],
                 )
                 for name in chosen
             ]

@@ -6,6 +6,9 @@ from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.roster import rendezvous
 from leasehold.store.records import Controller, ControllerId
 
+NO_FENCE = "none"
+"""What a controller says of a driver whose devices it never takes over because their holder fell silent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -45,7 +48,26 @@ def refusal(view: DeviceView, name: ControllerId) -> str:
         return f"does not have the driver {spec.value.driver}"
     if controller.draining:
         return "is draining"
+    lately = view.availability.get(name)
+    if lately is not None and lately.stuck_epoch:
+        return f"is barred until it has proved epoch {lately.stuck_epoch} to be over: {lately.reason}"
     return ""
+
+
+def fence_unavailable(view: DeviceView) -> bool:
+    """Whether no controller that is registered for the device can make an earlier holder of it stop.
+
+    One that does not say what fence it has, as older ones do not, is taken to have one.
+    """
+    spec = view.state.spec
+    if spec is None:
+        return False
+    fences = {
+        controller.fences.get(spec.value.driver, "")
+        for name, controller in view.controllers.items()
+        if can_ever_serve(view, name) and spec.value.driver in controller.drivers
+    }
+    return fences == {NO_FENCE}
 
 
 def hindrance(view: DeviceView, name: ControllerId) -> str:

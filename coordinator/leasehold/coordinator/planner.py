@@ -3,7 +3,8 @@
 Every decision comes with a sentence that tells a person why. The rules, in order:
 
 1. What can not be understood is busy.
-2. Without a holder but with unreleased epochs it is busy: the controllers take it over and fence.
+2. Without a holder but with unreleased epochs it is busy: the controllers take it over and fence. Where no
+   driver can fence, it waits for its last holder's proof, or for a person's word.
 3. Free: it goes to the best candidate for the clients that have access, else for the first request that can
    be served.
 4. On its way (ACTIVATING, YIELDING): wait.
@@ -22,9 +23,9 @@ activate the device rests for a while, or one that never can would burn an epoch
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from leasehold.coordinator.placement import can_ever_serve, hindrance, place, refusal
+from leasehold.coordinator.placement import can_ever_serve, fence_unavailable, hindrance, place, refusal
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState
+from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState, UnreleasedEpoch
 from leasehold.store.requests import MOST_TOGETHER
 
 NAMED = 3
@@ -114,11 +115,26 @@ def decide(view: DeviceView) -> Decision:
     if state.holder is not None:
         return _held(view, state.holder.value)
     if state.unreleased:
-        last = max(state.unreleased, key=lambda item: item.epoch)
-        return Wait(
-            f"epoch {last.epoch} of {last.controller} is not proved to be over; a successor is to fence it"
-        )
+        return Wait(_unreleased(view, max(state.unreleased, key=lambda item: item.epoch)))
     return _free(view)
+
+
+def _unreleased(view: DeviceView, last: UnreleasedEpoch) -> str:
+    what = f"epoch {last.epoch} of {last.controller} is not proved to be over"
+    lately = view.availability.get(last.controller)
+    if lately is not None and lately.stuck_epoch == last.epoch:
+        what += f" ({lately.reason})"
+    if not fence_unavailable(view):
+        return f"{what}; a successor is to fence it"
+    return f"FENCE_UNAVAILABLE: {what}, and {_proof_awaited(view, last.controller)}"
+
+
+def _proof_awaited(view: DeviceView, controller: ControllerId) -> str:
+    driver = view.state.spec.value.driver if view.state.spec else ""
+    return (
+        f"driver {driver} can not make it stop; start {controller}, which proves and releases it, or confirm"
+        f" that it is dead: leasehold confirm-dead {controller} --device {view.device} --reason ..."
+    )
 
 
 def _free(view: DeviceView) -> Decision:
@@ -147,6 +163,9 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
         return Wait(f"{where} is passing it to {target}")
     registered = view.controllers.get(holder.controller)
     if registered is None or registered.session_lease != holder.session_lease:
+        if fence_unavailable(view):
+            why = _proof_awaited(view, holder.controller)
+            return Wait(f"FENCE_UNAVAILABLE: the session of {where} is gone, and {why}")
         return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
         return _used(view, holder)

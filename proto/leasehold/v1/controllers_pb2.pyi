@@ -21,6 +21,7 @@ class ControllerStatus(google.protobuf.message.Message):
 
     CONTROLLER_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
     @property
     def controller(self) -> leasehold.v1.records_pb2.Controller:
         """Its registration."""
@@ -29,14 +30,19 @@ class ControllerStatus(google.protobuf.message.Message):
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The devices it holds."""
 
+    @property
+    def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Availability]:
+        """What has lately kept it from serving devices, by device."""
+
     def __init__(
         self,
         *,
         controller: leasehold.v1.records_pb2.Controller | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
+        failures: collections.abc.Iterable[leasehold.v1.records_pb2.Availability] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["controller", b"controller"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "devices", b"devices"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "devices", b"devices", "failures", b"failures"]) -> None: ...
 
 global___ControllerStatus = ControllerStatus
 

@@ -367,3 +367,60 @@ class TransferDeviceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
 
 global___TransferDeviceResponse = TransferDeviceResponse
+
+@typing.final
+class ConfirmDeadRequest(google.protobuf.message.Message):
+    """See DeviceService.ConfirmDead."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: builtins.int
+    CONTROLLER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    OPERATOR_FIELD_NUMBER: builtins.int
+    device: builtins.str
+    """The device."""
+    controller: builtins.str
+    """The controller that is dead: switched off, or certain never to reach the device again."""
+    reason: builtins.str
+    """How the operator knows, in a sentence; required."""
+    operator: builtins.str
+    """Who says so; required."""
+    def __init__(
+        self,
+        *,
+        device: builtins.str = ...,
+        controller: builtins.str = ...,
+        reason: builtins.str = ...,
+        operator: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "operator", b"operator", "reason", b"reason"]) -> None: ...
+
+global___ConfirmDeadRequest = ConfirmDeadRequest
+
+@typing.final
+class ConfirmDeadResponse(google.protobuf.message.Message):
+    """See DeviceService.ConfirmDead."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: builtins.int
+    EPOCHS_FIELD_NUMBER: builtins.int
+    @property
+    def status(self) -> global___DeviceStatus:
+        """The device as it stands."""
+
+    @property
+    def epochs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The epochs that were released."""
+
+    def __init__(
+        self,
+        *,
+        status: global___DeviceStatus | None = ...,
+        epochs: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "status", b"status"]) -> None: ...
+
+global___ConfirmDeadResponse = ConfirmDeadResponse

@@ -65,6 +65,11 @@ class DeviceServiceStub(object):
                 request_serializer=leasehold_dot_v1_dot_devices__pb2.TransferDeviceRequest.SerializeToString,
                 response_deserializer=leasehold_dot_v1_dot_devices__pb2.TransferDeviceResponse.FromString,
                 _registered_method=True)
+        self.ConfirmDead = channel.unary_unary(
+                '/leasehold.v1.DeviceService/ConfirmDead',
+                request_serializer=leasehold_dot_v1_dot_devices__pb2.ConfirmDeadRequest.SerializeToString,
+                response_deserializer=leasehold_dot_v1_dot_devices__pb2.ConfirmDeadResponse.FromString,
+                _registered_method=True)
 
 
 class DeviceServiceServicer(object):
@@ -121,6 +126,15 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmDead(self, request, context):
+        """Takes a person's word that a controller can act on a device no more, in place of a proof: its unreleased
+        epochs are released. The word is recorded. FAILED_PRECONDITION while the start of that controller that has
+        one of them is registered, while it is the holder, or if none of the unreleased epochs is its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +167,11 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.TransferDevice,
                     request_deserializer=leasehold_dot_v1_dot_devices__pb2.TransferDeviceRequest.FromString,
                     response_serializer=leasehold_dot_v1_dot_devices__pb2.TransferDeviceResponse.SerializeToString,
+            ),
+            'ConfirmDead': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmDead,
+                    request_deserializer=leasehold_dot_v1_dot_devices__pb2.ConfirmDeadRequest.FromString,
+                    response_serializer=leasehold_dot_v1_dot_devices__pb2.ConfirmDeadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -318,6 +337,33 @@ class DeviceService(object):
             '/leasehold.v1.DeviceService/TransferDevice',
             leasehold_dot_v1_dot_devices__pb2.TransferDeviceRequest.SerializeToString,
             leasehold_dot_v1_dot_devices__pb2.TransferDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmDead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.DeviceService/ConfirmDead',
+            leasehold_dot_v1_dot_devices__pb2.ConfirmDeadRequest.SerializeToString,
+            leasehold_dot_v1_dot_devices__pb2.ConfirmDeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -68,6 +68,15 @@ class DeviceServiceStub:
     that has access keeps it under the new path.
     """
 
+    ConfirmDead: grpc.UnaryUnaryMultiCallable[
+        leasehold.v1.devices_pb2.ConfirmDeadRequest,
+        leasehold.v1.devices_pb2.ConfirmDeadResponse,
+    ]
+    """Takes a person's word that a controller can act on a device no more, in place of a proof: its unreleased
+    epochs are released. The word is recorded. FAILED_PRECONDITION while the start of that controller that has
+    one of them is registered, while it is the holder, or if none of the unreleased epochs is its own.
+    """
+
 class DeviceServiceAsyncStub:
     """Devices."""
 
@@ -116,6 +125,15 @@ class DeviceServiceAsyncStub:
     ]
     """Directs the holder to pass a device to another controller and waits until that one serves it. A client
     that has access keeps it under the new path.
+    """
+
+    ConfirmDead: grpc.aio.UnaryUnaryMultiCallable[
+        leasehold.v1.devices_pb2.ConfirmDeadRequest,
+        leasehold.v1.devices_pb2.ConfirmDeadResponse,
+    ]
+    """Takes a person's word that a controller can act on a device no more, in place of a proof: its unreleased
+    epochs are released. The word is recorded. FAILED_PRECONDITION while the start of that controller that has
+    one of them is registered, while it is the holder, or if none of the unreleased epochs is its own.
     """
 
 class DeviceServiceServicer(metaclass=abc.ABCMeta):
@@ -178,6 +196,17 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[leasehold.v1.devices_pb2.TransferDeviceResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.TransferDeviceResponse]]:
         """Directs the holder to pass a device to another controller and waits until that one serves it. A client
         that has access keeps it under the new path.
+        """
+
+    @abc.abstractmethod
+    def ConfirmDead(
+        self,
+        request: leasehold.v1.devices_pb2.ConfirmDeadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[leasehold.v1.devices_pb2.ConfirmDeadResponse, collections.abc.Awaitable[leasehold.v1.devices_pb2.ConfirmDeadResponse]]:
+        """Takes a person's word that a controller can act on a device no more, in place of a proof: its unreleased
+        epochs are released. The word is recorded. FAILED_PRECONDITION while the start of that controller that has
+        one of them is registered, while it is the holder, or if none of the unreleased epochs is its own.
         """
 
 def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

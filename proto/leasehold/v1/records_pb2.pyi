@@ -188,6 +188,8 @@ class _ChangeKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """The holder serves the device."""
     CHANGE_KIND_RELEASED: _ChangeKind.ValueType  # 6
     """The holder proved itself inactive and gave control up."""
+    CHANGE_KIND_CONFIRMED_DEAD: _ChangeKind.ValueType  # 7
+    """A person vouched that a controller can act no more in epochs that nobody proved to be over."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What happened to the control of a device."""
@@ -206,6 +208,8 @@ CHANGE_KIND_ACTIVATED: ChangeKind.ValueType  # 5
 """The holder serves the device."""
 CHANGE_KIND_RELEASED: ChangeKind.ValueType  # 6
 """The holder proved itself inactive and gave control up."""
+CHANGE_KIND_CONFIRMED_DEAD: ChangeKind.ValueType  # 7
+"""A person vouched that a controller can act no more in epochs that nobody proved to be over."""
 global___ChangeKind = ChangeKind
 
 @typing.final
@@ -282,6 +286,22 @@ class Controller(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class FencesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     CONTROLLER_FIELD_NUMBER: builtins.int
     INSTANCE_FIELD_NUMBER: builtins.int
@@ -292,6 +312,8 @@ class Controller(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
     DRAIN_SECONDS_FIELD_NUMBER: builtins.int
+    FENCES_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     FENCER_LACKS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
@@ -311,9 +333,15 @@ class Controller(google.protobuf.message.Message):
     """Leasehold's version there."""
     drain_seconds: builtins.int
     """How long I/O under way may take when it gives a device up, in seconds."""
+    session_ttl_seconds: builtins.int
+    """TTL of its session lease in seconds."""
     @property
     def drivers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The drivers it has."""
+
+    @property
+    def fences(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """How each of its drivers makes an earlier holder stop: "reservation", "shutdown", "gate" or "none"."""
 
     @property
     def fencer_lacks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -332,9 +360,11 @@ class Controller(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         software: builtins.str = ...,
         drain_seconds: builtins.int = ...,
+        fences: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        session_ttl_seconds: builtins.int = ...,
         fencer_lacks: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "instance", b"instance", "session_lease", b"session_lease", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "fences", b"fences", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 
@@ -388,6 +418,7 @@ class UnreleasedEpoch(google.protobuf.message.Message):
     SESSION_LEASE_FIELD_NUMBER: builtins.int
     DEVICE_LEASE_FIELD_NUMBER: builtins.int
     TTL_SECONDS_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The epoch."""
     controller: builtins.str
@@ -400,6 +431,8 @@ class UnreleasedEpoch(google.protobuf.message.Message):
     """The device lease, once published."""
     ttl_seconds: builtins.int
     """TTL of that lease in seconds."""
+    session_ttl_seconds: builtins.int
+    """TTL of the session's lease in seconds; 0 if it is not known."""
     def __init__(
         self,
         *,
@@ -409,8 +442,9 @@ class UnreleasedEpoch(google.protobuf.message.Message):
         session_lease: builtins.str = ...,
         device_lease: builtins.str = ...,
         ttl_seconds: builtins.int = ...,
+        session_ttl_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "session_lease", b"session_lease", "ttl_seconds", b"ttl_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device_lease", b"device_lease", "epoch", b"epoch", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "ttl_seconds", b"ttl_seconds"]) -> None: ...
 
 global___UnreleasedEpoch = UnreleasedEpoch
 
@@ -460,6 +494,7 @@ class Target(google.protobuf.message.Message):
     INSTANCE_FIELD_NUMBER: builtins.int
     SESSION_LEASE_FIELD_NUMBER: builtins.int
     READ_ONLY_FIELD_NUMBER: builtins.int
+    SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     controller: builtins.str
     """The controller."""
     instance: builtins.str
@@ -468,6 +503,8 @@ class Target(google.protobuf.message.Message):
     """Its session: the swap attaches the holder record to it, which etcd refuses once it is gone."""
     read_only: builtins.bool
     """It is to hold the device for reading only."""
+    session_ttl_seconds: builtins.int
+    """TTL of its session lease in seconds; 0 if it is not known."""
     def __init__(
         self,
         *,
@@ -475,8 +512,9 @@ class Target(google.protobuf.message.Message):
         instance: builtins.str = ...,
         session_lease: builtins.str = ...,
         read_only: builtins.bool = ...,
+        session_ttl_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "read_only", b"read_only", "session_lease", b"session_lease"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "instance", b"instance", "read_only", b"read_only", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds"]) -> None: ...
 
 global___Target = Target
 
@@ -561,6 +599,7 @@ class Assignment(google.protobuf.message.Message):
     ACTION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     READ_ONLY_FIELD_NUMBER: builtins.int
+    STANDING_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -573,6 +612,10 @@ class Assignment(google.protobuf.message.Message):
     """In which epoch; ignored if the holder record names another."""
     read_only: builtins.bool
     """As in the holder record, which was written in the same transaction."""
+    @property
+    def standing(self) -> global___Standing:
+        """What stood then, when nobody had access; absent if the device has to be read."""
+
     def __init__(
         self,
         *,
@@ -582,10 +625,51 @@ class Assignment(google.protobuf.message.Message):
         action: global___AssignmentAction.ValueType = ...,
         epoch: builtins.int = ...,
         read_only: builtins.bool = ...,
+        standing: global___Standing | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "read_only", b"read_only", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["standing", b"standing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "controller", b"controller", "device", b"device", "epoch", b"epoch", "read_only", b"read_only", "standing", b"standing", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
+
+@typing.final
+class Standing(google.protobuf.message.Message):
+    """What stands about a device that nobody has access to, since the transaction that wrote an assignment: whoever
+    gets that need not read it. Whatever is made of it is compared with etcd by the next transaction.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: builtins.int
+    EPOCHS_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    REQUEST_REVISION_FIELD_NUMBER: builtins.int
+    request_revision: builtins.int
+    """The revision of the request's last change; 0 if that was the same transaction."""
+    @property
+    def holder(self) -> global___Holder:
+        """The holder record, written in that transaction."""
+
+    @property
+    def epochs(self) -> global___Epochs:
+        """The epochs, written in that transaction."""
+
+    @property
+    def request(self) -> global___AccessRequest:
+        """The request that is to be answered."""
+
+    def __init__(
+        self,
+        *,
+        holder: global___Holder | None = ...,
+        epochs: global___Epochs | None = ...,
+        request: global___AccessRequest | None = ...,
+        request_revision: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["epochs", b"epochs", "holder", b"holder", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "holder", b"holder", "request", b"request", "request_revision", b"request_revision"]) -> None: ...
+
+global___Standing = Standing
 
 @typing.final
 class AccessRequest(google.protobuf.message.Message):
@@ -775,6 +859,7 @@ class Availability(google.protobuf.message.Message):
     FAILURES_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     FAILED_AT_FIELD_NUMBER: builtins.int
+    STUCK_EPOCH_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -787,6 +872,10 @@ class Availability(google.protobuf.message.Message):
     """The last one, in a sentence."""
     failed_at: builtins.str
     """When; RFC 3339, for people only."""
+    stuck_epoch: builtins.int
+    """The epoch that it began and can not prove to be over: until it can, it is not given the device. 0 if there
+    is none.
+    """
     def __init__(
         self,
         *,
@@ -796,8 +885,9 @@ class Availability(google.protobuf.message.Message):
         failures: builtins.int = ...,
         reason: builtins.str = ...,
         failed_at: builtins.str = ...,
+        stuck_epoch: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "stuck_epoch", b"stuck_epoch", "version", b"version"]) -> None: ...
 
 global___Availability = Availability
 
@@ -846,6 +936,7 @@ class ControlChange(google.protobuf.message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     RECORDED_AT_FIELD_NUMBER: builtins.int
+    OPERATOR_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     change: builtins.str
@@ -868,6 +959,8 @@ class ControlChange(google.protobuf.message.Message):
     """Which daemon wrote it."""
     recorded_at: builtins.str
     """When; RFC 3339, for people only."""
+    operator: builtins.str
+    """The person on whose word it was made, and the certificate they came with; empty if it was nobody's."""
     @property
     def lost(self) -> global___Party:
         """Who lost control, or is to."""
@@ -892,8 +985,9 @@ class ControlChange(google.protobuf.message.Message):
         request: builtins.str = ...,
         author: builtins.str = ...,
         recorded_at: builtins.str = ...,
+        operator: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["gained", b"gained", "lost", b"lost"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["author", b"author", "change", b"change", "device", b"device", "epoch", b"epoch", "expired", b"expired", "gained", b"gained", "kind", b"kind", "lost", b"lost", "number", b"number", "reason", b"reason", "recorded_at", b"recorded_at", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["author", b"author", "change", b"change", "device", b"device", "epoch", b"epoch", "expired", b"expired", "gained", b"gained", "kind", b"kind", "lost", b"lost", "number", b"number", "operator", b"operator", "reason", b"reason", "recorded_at", b"recorded_at", "request", b"request", "version", b"version"]) -> None: ...
 
 global___ControlChange = ControlChange

@@ -17,7 +17,10 @@ class NameTaken(Exception):
     """Another daemon is registered under this name. Stop it, or give one of the two another name."""
 
     def __init__(self, key: str, instance: str, lease: LeaseId) -> None:
-        super().__init__(f"{key} is registered already, by instance {instance} on session lease {lease}")
+        super().__init__(
+            f"{key} is registered already, by instance {instance} on session lease {lease}: stop that one, or"
+            " give this one another name; if that one is dead, start again once its session has run out"
+        )
         self.key = key
         self.instance = instance
         self.lease = lease

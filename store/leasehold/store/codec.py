@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from leasehold.store import records
-from leasehold.store.document import from_document, message_class, to_document
+from leasehold.store.document import Document, from_document, message_class, to_document
 from leasehold.store.kv import KeyValue
 from leasehold.store.records import Record
 
@@ -50,15 +50,16 @@ class Stored(Generic[T]):
         return self.kv.create_revision
 
 
-def encode(record: Record, base: bytes | None = None) -> bytes:
+def encode(record: Record, base: bytes | Document | None = None) -> bytes:
     """The JSON of `record`, with every field of `base` that this version does not know.
 
-    `base` is the value that was read under the key and is about to be replaced.
+    `base` is the value that was read under the key and is about to be replaced, as it is or parsed.
     """
     document = to_document(record)
     if base is not None:
-        _keep_unknown(message_class(type(record)).DESCRIPTOR, json.loads(base), document)
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        earlier = json.loads(base) if isinstance(base, bytes) else base
+        _keep_unknown(message_class(type(record)).DESCRIPTOR, earlier, document)
+    return _dumped(document)
 
 
 def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
@@ -73,6 +74,19 @@ def decode(cls: type[T], kv: KeyValue) -> Stored[T]:
     return Stored(value, kv)
 
 
+def document_of(value: bytes) -> Document:
+    """The JSON of a record that has been decoded before, parsed."""
+    return cast("Document", json.loads(value))
+
+
+def inner(kv: KeyValue, *names: str) -> bytes:
+    """The JSON of a record that stands within another, as it stands there, which has been decoded before."""
+    found = json.loads(kv.value)
+    for name in names:
+        found = found[name]
+    return _dumped(found)
+
+
 def to_message(record: Any) -> Message:
     """The message of the same name and content."""
     return json_format.ParseDict(to_document(record), message_class(type(record))())
@@ -81,6 +95,10 @@ def to_message(record: Any) -> Message:
 def from_message(cls: type[T], message: Message) -> T:
     """The record of the same name and content. Raises ValueError naming a field that is missing."""
     return from_document(cls, json_format.MessageToDict(message))
+
+
+def _dumped(document: Document) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _keep_unknown(descriptor: Any, base: Any, document: Any) -> None:

@@ -84,8 +84,12 @@ class Keys:
     def grant(self, device: DeviceId, request: RequestId) -> str:
         return f"{self.grants(device)}{request}"
 
+    @property
+    def all_availability(self) -> str:
+        return f"{self.prefix}availability/"
+
     def availabilities(self, device: DeviceId) -> str:
-        return f"{self.prefix}availability/{device}/"
+        return f"{self.all_availability}{device}/"
 
     def availability(self, device: DeviceId, controller: ControllerId) -> str:
         return f"{self.availabilities(device)}{controller}"

@@ -14,6 +14,7 @@ That no earlier epoch can still write is the business of the drivers' fences.
     YIELDING             swap       -> ACTIVATING  its holder        the target's session
     any                  release    -> none        its holder        -
     none                 release    -> none        earlier holder    -
+    none                 confirm_dead -> none      coordinator       whether its controller is registered
 
            assign                publish              direct
     none ----------> ACTIVATING ---------> ACTIVE ------------> YIELDING --.
@@ -29,14 +30,15 @@ That no earlier epoch can still write is the business of the drivers' fences.
   which, in the holder record and the assignment alike. The grants that stand are of its kind, because a grant
   compares the holder record. From one kind to the other leads the next epoch only.
 * The unreleased epochs are a set. Giving an epoch adds it; it leaves by its own holder's proof (swap,
-  release) or by a successor's fence (publish), and `assign` requires the set to be empty.
+  release), by a successor's fence (publish), or by a person's word (confirm_dead), and `assign` requires the
+  set to be empty.
 * Every transaction compares `epochs/<device>` and rewrites it, so two absences of a holder are never taken
   for the same one, and no two transactions on one device can both succeed from one reading.
 """
 
 from dataclasses import dataclass, replace
 
-from leasehold.store.codec import Stored, Unreadable, decode, encode
+from leasehold.store.codec import Stored, Unreadable, decode, document_of, encode, inner
 from leasehold.store.keys import Keys
 from leasehold.store.kv import (
     Compare,
@@ -50,18 +52,20 @@ from leasehold.store.kv import (
     get_prefix,
     lease_is,
     lease_is_not,
+    present,
     put,
     unchanged,
 )
 from leasehold.store.records import (
+    NO_LEASE,
     NO_REQUEST,
+    VERSION,
     AccessMode,
     AccessRequest,
     Assignment,
     AssignmentAction,
     Availability,
     ChangeKind,
-    Client,
     ControlChange,
     Controller,
     ControllerId,
@@ -76,6 +80,7 @@ from leasehold.store.records import (
     Party,
     RequestId,
     RequestState,
+    Standing,
     Target,
     UnreleasedEpoch,
     lease_number,
@@ -90,6 +95,7 @@ TRANSITIONS: dict[ChangeKind, tuple[frozenset[HolderState | None], HolderState |
     ChangeKind.YIELDING: (frozenset({HolderState.ACTIVATING, HolderState.ACTIVE}), HolderState.YIELDING),
     ChangeKind.TRANSFERRED: (frozenset({HolderState.YIELDING}), HolderState.ACTIVATING),
     ChangeKind.RELEASED: (frozenset({None, *HolderState}), None),
+    ChangeKind.CONFIRMED_DEAD: (frozenset({None}), None),
 }
 """What each kind of change starts from and leads to; None is no holder record. A release by an earlier holder
 leaves the record of the present one as it is."""
@@ -201,6 +207,74 @@ def checked(state: DeviceState) -> DeviceState:
 
 
 @dataclass(frozen=True, slots=True)
+class Answering:
+    """The request for which a device changes hands, while nobody has access.
+
+    `base` is its JSON as it stands, `revision` that of its last change: None and 0 if it is submitted in this
+    very transaction.
+    """
+
+    request: AccessRequest
+    base: bytes | None = None
+    revision: int = 0
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.request
+
+    @property
+    def mode(self) -> AccessMode:
+        return self.request.mode
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an assignment says of its device, so that it need not be read: how it stood at that revision."""
+
+    state: DeviceState
+    answering: Answering | None
+
+
+def told(keys: Keys, assignment: Stored[Assignment], spec: Stored[Device]) -> Told | None:
+    """What stands with an assignment; None if it does not say, or not in words that are understood.
+
+    It is as old as the assignment, and good for a transaction, which compares it, and for nothing else.
+    """
+    device, standing, revision = assignment.value.device, assignment.value.standing, assignment.mod_revision
+    if standing is None or any(
+        item is not None and item.version != VERSION
+        for item in (standing.holder, standing.epochs, standing.request)
+    ):
+        return None
+
+    def stood(key: str, name: str, changed: int = revision, lease: LeaseId = NO_LEASE) -> KeyValue:
+        value = inner(assignment.kv, "standing", name)
+        return KeyValue(key, value, 0, changed, 0, lease_number(lease))
+
+    holder, request = standing.holder, standing.request
+    lease = holder.device_lease or holder.session_lease
+    state = checked(
+        DeviceState(
+            device,
+            revision,
+            spec=spec,
+            epochs=Stored(standing.epochs, stood(keys.epoch(device), "epochs")),
+            holder=Stored(holder, stood(keys.holder(device), "holder", lease=lease)),
+        )
+    )
+    if state.unreadable:
+        return None
+    if request is None:
+        return Told(state, None)
+    return Told(
+        state,
+        Answering(
+            request, inner(assignment.kv, "standing", "request"), standing.request_revision or revision
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Author:
     """Who writes a change, for its record."""
 
@@ -216,18 +290,23 @@ def assign(
     reason: str,
     request: RequestId = NO_REQUEST,
     mode: AccessMode | None = None,
+    answering: Answering | None = None,
 ) -> Transaction:
-    """A free device is given to `target`, in `mode`, or as the clients need it that have access."""
+    """A free device is given to `target`, in `mode`, or as the clients need it that have access.
+
+    With `answering`, while nobody has access: for that request, which whoever gets it is told.
+    """
     _require(state, not state.unreadable, state.unreadable)
     _require(state, state.free, "it is not free")
     return _give(
         author,
         state,
-        _target(state, target, mode),
+        _target(state, target, answering.mode if answering else mode),
         kind=ChangeKind.ASSIGNED,
         unreleased=(),
         reason=reason,
-        request=request,
+        request=answering.id if answering else request,
+        answering=answering,
         ttl=state.spec.value.ttl if state.spec else 0,
     )
 
@@ -240,10 +319,12 @@ def direct(
     reason: str,
     request: RequestId = NO_REQUEST,
     mode: AccessMode | None = None,
+    answering: Answering | None = None,
 ) -> Transaction:
     """The holder is told to pass control to `target`, which may be itself in a new epoch.
 
-    In `mode`, which is for the caller to decide only if nobody has access, or as it is held now.
+    In `mode`, which is for the caller to decide only if nobody has access, or as it is held now. With
+    `answering`, while nobody has access: for that request, which the holder and its successor are told.
     """
     holder = _holder(state)
     old = holder.value
@@ -252,8 +333,8 @@ def direct(
     value = replace(
         old,
         state=HolderState.YIELDING,
-        request=request,
-        target=_target(state, target, mode),
+        request=answering.id if answering else request,
+        target=_target(state, target, answering.mode if answering else mode),
     )
     assignment = Assignment(
         device=state.device, controller=old.controller, action=AssignmentAction.YIELD, epoch=old.epoch
@@ -267,17 +348,20 @@ def direct(
         lost=_party(old),
         gained=Party(controller=target.controller, instance=target.instance, epoch=Epoch(0)),
         reason=reason,
-        request=request,
+        request=value.request,
         compares=(lease_is(keys.controller(target.controller), lease_number(target.session_lease)),),
-        operations=(
-            put(holder.key, encode(value, holder.kv.value), keep_lease=True),
-            put(keys.assignment(old.controller, state.device), encode(assignment)),
-        ),
+        operations=(put(holder.key, encode(value, holder.kv.value), keep_lease=True),),
+        order=_Order(assignment, value, answering),
     )
 
 
-def swap(author: Author, state: DeviceState, *, reason: str) -> Transaction:
-    """A yielding holder that has proved itself inactive passes control to its target, in the next epoch."""
+def swap(
+    author: Author, state: DeviceState, *, reason: str, answering: Answering | None = None
+) -> Transaction:
+    """A yielding holder that has proved itself inactive passes control to its target, in the next epoch.
+
+    `answering` is what it was itself told with the order to yield, if nobody has had access since then.
+    """
     old = _holder(state).value
     _from(state, ChangeKind.TRANSFERRED)
     if old.target is None:
@@ -292,6 +376,7 @@ def swap(author: Author, state: DeviceState, *, reason: str) -> Transaction:
         lost=_party(old),
         reason=reason,
         request=old.request,
+        answering=answering,
         ttl=state.spec.value.ttl if state.spec else 0,
         operations=() if old.target.controller == old.controller else (delete(loser),),
     )
@@ -334,11 +419,14 @@ def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Whom a publication serves: the grants that stand, and the request the hold was made for."""
+    """Whom a publication serves: the grants that stand, and the request the hold was made for.
+
+    `attended` says that the client of the request was there, which the publication compares.
+    """
 
     grants: tuple[Stored[Grant], ...] = ()
     request: Stored[AccessRequest] | None = None
-    client: Stored[Client] | None = None
+    attended: bool = False
 
     def newcomer(self, holder: Holder) -> AccessRequest | None:
         """The request to be granted when `holder` publishes.
@@ -347,7 +435,7 @@ class Serving:
         stand beside the grants: after a takeover the record still names the request of an earlier epoch. It
         is left in the queue, then.
         """
-        if self.request is None or self.client is None:
+        if self.request is None or not self.attended:
             return None
         request = self.request.value
         fits = request.mode.read_only == holder.read_only and all(
@@ -361,25 +449,31 @@ def publish(
 ) -> Transaction:
     """The holder serves the device under `path`; the request is granted, standing grants get the new path.
 
-    The caller has fenced every lower unreleased epoch: they leave the set.
+    The caller has fenced every lower unreleased epoch: they leave the set. What it serves is what the spec in
+    `state` says, which must stand unchanged.
     """
     holder = _holder(state)
     old = holder.value
     _from(state, ChangeKind.ACTIVATED)
     keys = author.keys
     change = new_change_id()
+    if state.spec is None:
+        raise NotPossible(state.device, "its spec was removed")
     own = UnreleasedEpoch(
         epoch=old.epoch,
         controller=old.controller,
         instance=old.instance,
         session_lease=old.session_lease,
         device_lease=device_lease,
-        ttl_seconds=state.spec.value.ttl if state.spec else 0,
+        ttl_seconds=state.spec.value.ttl,
+        session_ttl_seconds=next(
+            (item.session_ttl_seconds for item in state.unreleased if item.epoch == old.epoch), 0
+        ),
     )
     value = replace(
         old, state=HolderState.ACTIVE, path=path, device_lease=device_lease, target=None, path_exposed=False
     )
-    compares: list[Compare] = []
+    compares = [unchanged(state.spec.key, state.spec.mod_revision)]
     operations: list[Operation] = [
         put(holder.key, encode(value, holder.kv.value), lease=_lease(state, device_lease)),
         delete(keys.availability(state.device, old.controller)),
@@ -389,7 +483,7 @@ def publish(
         compares.append(unchanged(grant.key, grant.mod_revision))
         operations.append(put(grant.key, encode(moved, grant.kv.value)))
     newcomer = serving.newcomer(old)
-    if newcomer is not None and serving.request is not None and serving.client is not None:
+    if newcomer is not None and serving.request is not None:
         given = Grant(
             device=state.device,
             request=newcomer.request,
@@ -404,7 +498,7 @@ def publish(
         )
         compares += [
             unchanged(serving.request.key, serving.request.mod_revision),
-            unchanged(serving.client.key, serving.client.mod_revision),
+            present(keys.client(newcomer.request)),
         ]
         operations += [
             put(keys.grant(state.device, newcomer.request), encode(given)),
@@ -470,6 +564,95 @@ def release(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """An assignment to be written, and the holder record that is written with it."""
+
+    assignment: Assignment
+    holder: Holder
+    answering: Answering | None
+
+    def encoded(self, state: DeviceState, epochs: Epochs) -> bytes:
+        """With what stands, if a request is answered: the transaction compares that nobody has access."""
+        if self.answering is None:
+            return encode(self.assignment)
+        bases = {
+            "holder": state.holder.kv.value if state.holder else None,
+            "epochs": state.epochs.kv.value if state.epochs else None,
+            "request": self.answering.base,
+        }
+        standing = Standing(
+            holder=self.holder,
+            epochs=epochs,
+            request=self.answering.request,
+            request_revision=self.answering.revision,
+        )
+        known = {name: document_of(base) for name, base in bases.items() if base is not None}
+        return encode(replace(self.assignment, standing=standing), {"standing": known})
+
+
+def confirm_dead(
+    author: Author,
+    state: DeviceState,
+    controller: ControllerId,
+    registered: KeyValue | None,
+    *,
+    operator: str,
+    reason: str,
+) -> Transaction:
+    """`operator` vouches that `controller` can act no more in the epochs of its own that are unreleased.
+
+    Nothing proves it, so everything that contradicts it refuses it: a start of the controller that is
+    registered and has one of these epochs, or a holder record, which goes with its lease. `registered` is
+    what stands under the controller's name, read together with `state`, and is compared.
+    """
+    _require(state, not state.unreadable, state.unreadable)
+    if state.holder is not None:
+        holder = state.holder.value
+        goes = "; its record goes when its lease has run out" if holder.controller == controller else ""
+        raise NotPossible(state.device, f"{holder.controller} holds it in epoch {holder.epoch}{goes}")
+    own = tuple(item for item in state.unreleased if item.controller == controller)
+    others = sorted({item.controller for item in state.unreleased})
+    there = f"those that are not proved to be over are of {', '.join(others)}" if others else "it is free"
+    _require(state, bool(own), f"no unreleased epoch of it is {controller}'s: {there}")
+    keys = author.keys
+    key = keys.controller(controller)
+    if registered is not None:
+        try:
+            instance = decode(Controller, registered).value.instance
+        except Unreadable as error:
+            raise NotPossible(state.device, str(error)) from error
+        alive = [
+            item.epoch
+            for item in own
+            if item.instance == instance or lease_number(item.session_lease) == registered.lease
+        ]
+        _require(
+            state,
+            not alive,
+            f"{controller} is registered as the instance {instance} that was given epoch"
+            f" {max(alive, default=0)}: it lives; stop it, and it releases what it can prove",
+        )
+    last = max(own, key=lambda item: item.epoch)
+    return _change(
+        author,
+        state,
+        kind=ChangeKind.CONFIRMED_DEAD,
+        epoch=state.epoch,
+        unreleased=tuple(item for item in state.unreleased if item.controller != controller),
+        lost=Party(controller=last.controller, instance=last.instance, epoch=last.epoch),
+        expired=True,
+        reason=reason,
+        compares=(unchanged(key, registered.mod_revision) if registered is not None else absent(key),),
+        operations=(
+            delete(keys.assignment(controller, state.device)),
+            # Whoever bears the name next has nothing left here.
+            delete(keys.availability(state.device, controller)),
+        ),
+        operator=operator,
+    )
+
+
 def _give(
     author: Author,
     state: DeviceState,
@@ -480,6 +663,7 @@ def _give(
     reason: str,
     request: RequestId,
     ttl: int,
+    answering: Answering | None = None,
     lost: Party | None = None,
     expired: bool = False,
     compares: tuple[Compare, ...] = (),
@@ -512,6 +696,7 @@ def _give(
         instance=target.instance,
         session_lease=target.session_lease,
         ttl_seconds=ttl,
+        session_ttl_seconds=target.session_ttl_seconds,
     )
     base = state.holder.kv.value if state.holder else None
     return _change(
@@ -528,9 +713,9 @@ def _give(
         compares=(lease_is(keys.controller(target.controller), session), *compares),
         operations=(
             put(keys.holder(state.device), encode(holder, base), lease=session),
-            put(keys.assignment(target.controller, state.device), encode(assignment)),
             *operations,
         ),
+        order=_Order(assignment, holder, answering),
     )
 
 
@@ -548,9 +733,14 @@ def _change(
     request: RequestId = NO_REQUEST,
     compares: tuple[Compare, ...] = (),
     operations: tuple[Operation, ...] = (),
+    order: _Order | None = None,
     change: str = "",
+    operator: str = "",
 ) -> Transaction:
-    """The part that all share: compare holder and epochs, rewrite the epochs, append to the history."""
+    """The part that all share: compare holder and epochs, rewrite the epochs, append to the history.
+
+    And tell whoever has to do something about it.
+    """
     keys = author.keys
     change = change or new_change_id()
     number = (state.epochs.value.changes if state.epochs else 0) + 1
@@ -568,8 +758,12 @@ def _change(
         request=request,
         author=author.name,
         recorded_at=timestamp(),
+        operator=operator,
     )
     entry_key = keys.change(state.device, epoch, number)
+    if order is not None:
+        told = keys.assignment(order.assignment.controller, state.device)
+        operations = (*operations, put(told, order.encoded(state, epochs)))
     return Transaction(
         change=change,
         proof_key=entry_key,
@@ -627,6 +821,7 @@ def _target(state: DeviceState, target: Controller, mode: AccessMode | None) -> 
         instance=target.instance,
         session_lease=target.session_lease,
         read_only=state.successor_reads_only if mode is None else mode.read_only,
+        session_ttl_seconds=target.session_ttl_seconds,
     )
 
 

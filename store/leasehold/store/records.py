@@ -125,6 +125,7 @@ class ChangeKind(StrEnum):
     TAKEN_OVER = "TAKEN_OVER"
     ACTIVATED = "ACTIVATED"
     RELEASED = "RELEASED"
+    CONFIRMED_DEAD = "CONFIRMED_DEAD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,8 @@ class Controller:
     draining: bool = False
     software: str = ""
     drain_seconds: int = 0
+    fences: Mapping[str, str] = field(default_factory=dict, hash=False)
+    session_ttl_seconds: int = 0
     fencer_lacks: tuple[str, ...] = ()
 
 
@@ -185,6 +188,7 @@ class UnreleasedEpoch:
     session_lease: LeaseId
     device_lease: LeaseId = NO_LEASE
     ttl_seconds: int = 0
+    session_ttl_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +210,7 @@ class Target:
     instance: InstanceId
     session_lease: LeaseId
     read_only: bool = False
+    session_ttl_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,18 +233,6 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """An instruction to one controller about one device."""
-
-    version: int = VERSION
-    device: DeviceId
-    controller: ControllerId
-    action: AssignmentAction
-    epoch: Epoch
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AccessRequest:
     """A client's wish to use a device."""
 
@@ -258,6 +251,32 @@ class AccessRequest:
     created_at: str = ""
     ended_at: str = ""
     change: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What stands about a device that nobody has access to, since an assignment was written.
+
+    `request_revision` is that of the request's last change, 0 if that was when the assignment was written.
+    """
+
+    holder: Holder
+    epochs: Epochs
+    request: AccessRequest | None = None
+    request_revision: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """An instruction to one controller about one device."""
+
+    version: int = VERSION
+    device: DeviceId
+    controller: ControllerId
+    action: AssignmentAction
+    epoch: Epoch
+    read_only: bool = False
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +322,7 @@ class Availability:
     failures: int = 0
     reason: str = ""
     failed_at: str = ""
+    stuck_epoch: Epoch = Epoch(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +351,7 @@ class ControlChange:
     request: RequestId = NO_REQUEST
     author: str = ""
     recorded_at: str = ""
+    operator: str = ""
 
 
 Record = (

@@ -53,17 +53,25 @@ class QueueSeen:
         return none_newer(keys.queue(self.device), self.revision)
 
 
+def pending(request: AccessRequest) -> AccessRequest:
+    """A new request as `submit` is to put it: waiting, from now on."""
+    return replace(request, state=RequestState.PENDING, change=new_change_id(), created_at=timestamp())
+
+
 def submit(keys: Keys, request: AccessRequest) -> Transaction:
-    """A new request stands in the queue of its device. Its access lease must be alive."""
-    change = new_change_id()
-    value = replace(request, state=RequestState.PENDING, change=change, created_at=timestamp())
+    """A new request stands in the queue of its device. Its access lease must be alive.
+
+    One that `pending` has made, because something else in the same transaction says so too, is put as it is.
+    """
+    if not request.change:
+        request = pending(request)
     entry = QueueEntry(device=request.device, request=request.request, priority=request.priority)
     return Transaction(
-        change=change,
+        change=request.change,
         proof_key=keys.request(request.request),
         compares=(absent(keys.request(request.request)), present(keys.device(request.device))),
         operations=(
-            put(keys.request(request.request), encode(value)),
+            put(keys.request(request.request), encode(request)),
             put(keys.queue_entry(request.device, request.request), encode(entry)),
             _client(keys, request),
         ),

@@ -64,6 +64,7 @@ class FilesystemDriver:
 
     name = "filesystem"
     fence_kind = FenceKind.SHUTDOWN
+    writes_to_activate = True
 
     def __init__(self, context: DriverContext) -> None:
         self._context = context
@@ -120,7 +121,10 @@ class FilesystemDriver:
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's steward has shut it down, and the hold-off has passed."""
 
-    async def activate(self, activation: Activation) -> str:
+    def path(self, activation: Activation) -> str:
+        return f"file://{quote(self._spec(activation).mountpoint)}"
+
+    async def activate(self, activation: Activation) -> None:
         spec = self._spec(activation)
         self._active.add(activation.device)
         try:
@@ -128,7 +132,6 @@ class FilesystemDriver:
             await channel.ask("make", _MAKE_SECONDS, volume=asdict(spec))
         except (ChannelError, OSError) as error:
             raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
-        return f"file://{quote(spec.mountpoint)}"
 
     async def verify(self, activation: Activation) -> str | None:
         try:

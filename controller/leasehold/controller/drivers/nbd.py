@@ -4,6 +4,11 @@ Parameters of a device's spec:
 
 ``backing``  absolute path of the image file or block device, the same on every eligible controller or a
              link to the same device.
+``cache``    `none`, which is the default: what a client was told is written has left this host's memory, and
+             nothing cached in an earlier epoch is read. Or `writeback`: through the page cache, faster for
+             small writes, for storage that only one host's kernel reaches or that keeps the caches of its
+             hosts coherent. On other storage it loses data: the kernel of a host whose controller was killed
+             writes up to 30 s later over what a successor on another host has written.
 
 Path: ``nbd://host:port/<device>-<epoch>``. Fence: `gate`. Every read and write is checked against the
 hold's epoch and deadline before it touches the backing, and who is still inside after the deadline is killed
@@ -39,6 +44,7 @@ class NbdDriver:
 
     name = "nbd"
     fence_kind = FenceKind.GATE
+    writes_to_activate = False
 
     def __init__(self, context: DriverContext) -> None:
         self._context = context
@@ -65,9 +71,10 @@ class NbdDriver:
     async def check(self, parameters: Mapping[str, str]) -> None:
         """The form only. Whether the backing is there differs by host: see `probe`."""
         for field in parameters:
-            if field != "backing":
+            if field not in ("backing", "cache"):
                 raise BadParameters(field, "is unknown to the nbd driver")
         _backing(parameters)
+        _writeback(parameters)
 
     async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
         try:
@@ -85,17 +92,19 @@ class NbdDriver:
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
 
-    async def activate(self, activation: Activation) -> str:
+    def path(self, activation: Activation) -> str:
+        host, name = self._context.data_host, _spec(activation).name
+        port = self.pool.port(activation.device)
+        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
+
+    async def activate(self, activation: Activation) -> None:
         spec = _spec(activation)
         try:
             # Again, in case the worker has died since `prepare`.
             await self.pool.export(spec)
             await self.pool.open(spec)
-            port = self.pool.port(spec.device)
         except ExportFailed as error:
             raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
-        host = self._context.data_host
-        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(spec.name, safe='')}"
 
     async def verify(self, activation: Activation) -> str | None:
         return await self.pool.status(_spec(activation))
@@ -114,6 +123,7 @@ def _spec(activation: Activation) -> ExportSpec:
         backing=_backing(activation.parameters, activation),
         slot=activation.slot,
         read_only=activation.read_only,
+        writeback=_writeback(activation.parameters, activation),
     )
 
 
@@ -128,6 +138,17 @@ def _backing(parameters: Mapping[str, str], activation: Activation | None = None
         reason = "must be printable and no longer than a path can be"
     if reason is None:
         return path
+    raise _bad("backing", reason, activation)
+
+
+def _writeback(parameters: Mapping[str, str], activation: Activation | None = None) -> bool:
+    cache = parameters.get("cache", "none")
+    if cache not in ("none", "writeback"):
+        raise _bad("cache", "must be none (the default) or writeback", activation)
+    return cache == "writeback"
+
+
+def _bad(field: str, reason: str, activation: Activation | None) -> BadParameters:
     if activation is None:
-        raise BadParameters("backing", reason)
-    raise BadParameters("backing", reason, device=activation.device, epoch=activation.epoch)
+        return BadParameters(field, reason)
+    return BadParameters(field, reason, device=activation.device, epoch=activation.epoch)

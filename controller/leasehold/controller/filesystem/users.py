@@ -27,7 +27,7 @@ def elsewhere(number: str) -> str:
 
 def _listed(pids: Iterable[str]) -> str:
     found = sorted(pids, key=int)
-    named = [f"process {pid} ({_name(pid)})" for pid in found[:_MOST]]
+    named = [_named(pid) for pid in found[:_MOST]]
     if len(found) > _MOST:
         named.append(f"{len(found) - _MOST} more")
     return ", ".join(named) or "somebody who does not show in /proc"
@@ -35,6 +35,13 @@ def _listed(pids: Iterable[str]) -> str:
 
 def _processes() -> list[str]:
     return [entry for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _named(pid: str) -> str:
+    """Its number and command, and its mount namespace if that is another than ours."""
+    namespace = _target(f"/proc/{pid}/ns/mnt")
+    other = namespace and namespace != _target("/proc/self/ns/mnt")
+    return f"process {pid} ({_name(pid)}{f', in mount namespace {namespace}' if other else ''})"
 
 
 def _name(pid: str) -> str:

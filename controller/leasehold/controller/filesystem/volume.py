@@ -240,7 +240,10 @@ class Volume:
             return mount()
         except OSError as error:
             if error.errno != errno.EROFS or not self.spec.read_only:
-                raise
+                raise VolumeFailed(
+                    f"{self.spec.backing} can not be mounted as {self.spec.fstype}: {error.strerror};"
+                    " the kernel's log on this host tells more"
+                ) from error
         # An earlier epoch ended without unmounting. Unless its journal is replayed, readers miss what its
         # clients were told is safe. The right to the device is verified, so this holder may do that; and even
         # now it is mounted for reading only, and nobody is let in.

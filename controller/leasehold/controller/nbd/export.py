@@ -5,7 +5,7 @@
     PREPARED --open--> OPEN --withdraw--> DRAINING --drain limit--> CUT --all out, synced--> GONE
         \\____________________withdraw_______/
 
-PREPARED  the backing is open; nobody is let in. The gate need not be open yet.
+PREPARED  the backing is open; who comes waits to be let in. The gate need not be open yet.
 OPEN      clients are let in; each request is checked against the gate.
 DRAINING  what was accepted may finish; new requests and clients are refused.
 CUT       connections are being reset; a request that gets to its next check is refused.
@@ -23,7 +23,8 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.protocol import ExportFlag
 
-_PROBE = 4096
+_OPENING_SECONDS = 3.0
+"""How long a client waits that has the path before the export is open."""
 
 
 class Refused(Exception):
@@ -76,7 +77,7 @@ class Export:
         self._ended = False
         self._unproved: OSError | None = None
         self._connections: set[Abortable] = set()
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()
 
     @property
     def state(self) -> State:
@@ -90,6 +91,12 @@ class Export:
     def serving(self) -> bool:
         """True if a client would be let in now."""
         return self._state is State.OPEN and self._gate.allows(self.slot, self.epoch)
+
+    def awaited(self) -> bool:
+        """`serving`, once it is about to be: the path is known before the gate opens."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not State.PREPARED, _OPENING_SECONDS)
+            return self.serving
 
     @property
     def expired(self) -> bool:
@@ -107,10 +114,10 @@ class Export:
         return int(flags | ExportFlag.SEND_WRITE_ZEROES | ExportFlag.SEND_FAST_ZERO)
 
     def open(self) -> None:
-        """Let clients in, once the device has proved readable and writable under this hold.
+        """Let clients in, once nothing that an earlier hold left in memory can be read.
 
-        The probe writes back the first block as it was read; no client can be there yet. Raises Refused
-        while the gate is shut, OSError if the device fails.
+        Nothing is written: that it may be is shown by its open for writing. Raises Refused while the gate
+        is shut, OSError if it can not be made sure of.
         """
         with self._changed:
             if self._state is State.OPEN:
@@ -119,24 +126,18 @@ class Export:
                 raise Refused(f"{self.name} is being withdrawn")
             self._occupancy[self.slot] = 1
             try:
-                self._probe()
+                self.guard()
+                self.backing.begin()
             finally:
                 self._occupancy[self.slot] = 0
+            self.plain_reads = not self.backing.cached_reads
             self._state = State.OPEN
-
-    def _probe(self) -> None:
-        self.guard()
-        block = memoryview(bytearray(min(_PROBE, self.backing.size)))
-        self.backing.read_into(block, 0)
-        if not self.read_only:
-            self.guard()
-            self.backing.write(block, 0)
-            self.backing.sync()
+            self._changed.notify_all()
 
     def attach(self, connection: Abortable) -> bool:
         """Count a client in. False if it may not come in."""
         with self._changed:
-            if not self.serving:
+            if not self.awaited():
                 return False
             self._connections.add(connection)
             return True
@@ -210,6 +211,7 @@ class Export:
         with self._changed:
             if self._state in (State.PREPARED, State.OPEN):
                 self._state = State.DRAINING
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._inside == 0, drain)
                 self._state = State.CUT
             else:
@@ -233,7 +235,7 @@ class Export:
     def _close(self) -> None:
         try:
             if not self.read_only:
-                self.backing.sync()
+                self.backing.finish()
         finally:
             self.backing.close()
         if not self.read_only:

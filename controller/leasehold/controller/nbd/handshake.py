@@ -143,7 +143,7 @@ class Handshake:
         if export is None:
             return self._reply(option, OptionReply.ERR_UNKNOWN, b"no such export")
         going = option == Option.GO
-        if not (self._attach(export) if going else export.serving):
+        if not (self._attach(export) if going else export.awaited()):
             return self._reply(option, OptionReply.ERR_SHUTDOWN, b"the hold of this epoch is not in force")
         flags = export.flags(structured=self._structured)
         self._reply(option, OptionReply.INFO, EXPORT_INFO.pack(Info.EXPORT, export.backing.size, flags))

@@ -56,6 +56,8 @@ class ExportSpec:
     backing: str
     slot: int
     read_only: bool = False
+    writeback: bool = False
+    """Whether writes may stay in the page cache until they are flushed."""
 
     @property
     def name(self) -> str:
@@ -343,6 +345,7 @@ class _Seat:
             slot=spec.slot,
             epoch=spec.epoch,
             read_only=spec.read_only,
+            writeback=spec.writeback,
         )
 
     def _give_up(self, specs: list[ExportSpec], reason: str) -> None:

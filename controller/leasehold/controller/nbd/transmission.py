@@ -188,13 +188,12 @@ class Transmission:
             self._sock.sendall(data)
 
     def _write(self, flags: int, cookie: int, offset: int, _length: int) -> None:
-        durable = bool(flags & nbd.FUA)
+        durable, most = bool(flags & nbd.FUA), min(self._backing.piece, PIECE)
         while self._payload:
-            piece = self._inbox.take(min(self._payload, PIECE))
+            piece = self._inbox.take(min(self._payload, most))
             self._payload -= len(piece)
-            self._export.guard()
             try:
-                self._backing.write(piece, offset, durable=durable)
+                self._backing.write(piece, offset, self._export.guard, durable=durable)
             except OSError as error:
                 raise _Failed(nbd.wire_error(error)) from error
             offset += len(piece)

@@ -136,11 +136,16 @@ class Worker:
 
     def _export(self, message: Message) -> Message:
         name, slot, epoch = str(message["name"]), int(message["slot"]), int(message["epoch"])
-        read_only = bool(message["read_only"])
+        read_only, writeback = bool(message["read_only"]), bool(message["writeback"])
         if self._known(name, message):
             return {}
         # Opened outside the lock, because an open may hang; and so perhaps twice.
-        backing = Backing(str(message["backing"]), read_only=read_only)
+        backing = Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
+        try:
+            backing.probe()
+        except BaseException:
+            backing.close()
+            raise
         export = Export(
             name, backing, self._gate, slot, epoch, read_only=read_only, occupancy=self._occupancy
         )
@@ -155,11 +160,13 @@ class Worker:
         export = self._exports.get(name)
         if export is None:
             return False
-        same = (export.backing.path, export.slot, export.epoch, export.read_only) == (
+        backing = export.backing
+        same = (backing.path, export.slot, export.epoch, export.read_only, backing.writeback) == (
             message["backing"],
             message["slot"],
             message["epoch"],
             message["read_only"],
+            message["writeback"],
         )
         if not same or export.state not in (State.PREPARED, State.OPEN):
             raise OSError(errno.EEXIST, f"{name} is exported otherwise, or being withdrawn")
