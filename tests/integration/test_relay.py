@@ -11,9 +11,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from etcd_server import free_port
 from installation import Installation
 from leasehold.client import Busy
+from leasehold.client.dev import free_port
 from leasehold.client.status import from_rpc
 from leasehold.controller import upstream
 from leasehold.controller.relay import METHODS, SERVICES, Relay
