@@ -9,10 +9,8 @@ import http.client
 import importlib.util
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -21,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from leasehold.client.dev import free_port
 
 START_TIMEOUT = 20.0
 """Seconds for a member to serve; an idle machine needs less than one."""
@@ -46,19 +46,6 @@ def program() -> Path:
 def _state(task: Path) -> str:
     """The state of a thread, as in proc(5): "T" is stopped."""
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on.
-
-    Taken from below the range of local ports, where a client that keeps trying to reach a stopped server
-    could otherwise be given the server's own port and connect to itself.
-    """
-    while True:
-        port = random.randint(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class EtcdServer:

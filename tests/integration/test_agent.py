@@ -13,10 +13,12 @@ import pytest
 from etcd_server import EtcdServer
 from installation import Installation, examine
 from leasehold.controller.config import ControllerConfig, DataSettings
+from leasehold.controller.contest import Contest, Passed
 from leasehold.controller.daemon import Daemon
 from leasehold.controller.driver import Activation, ActivationFailed, DriverContext, FenceKind, NotProved
 from leasehold.controller.gate import Gate
 from leasehold.controller.journal import JournalLocked
+from leasehold.controller.takeover import Backoff
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.session import NameTaken
 from leasehold.store import ownership, requests
@@ -665,6 +667,109 @@ async def test_takes_no_more_devices_while_it_stops(site: Site) -> None:
     site.storage.stuck.clear()
     assert await stop
     assert await site.find("a") is None
+
+
+async def test_a_session_that_is_lost_while_it_stops_is_followed_by_one_that_drains_too(site: Site) -> None:
+    stopping = await site.controller("a")
+    await site.device("a")
+    await site.assign("a")
+    await site.serving("a")
+    site.running.remove(stopping)
+    site.storage.stuck.add("a")
+    stop = asyncio.create_task(stopping.stop())
+
+    async def announced() -> Controller | None:
+        found = await site.find("a")
+        return found if found and found.draining else None
+
+    first = await eventually(announced)
+    await site.installation.revoke(first.session_lease)
+
+    async def again() -> Controller | None:
+        found = await site.find("a")
+        return found if found and found.session_lease != first.session_lease else None
+
+    assert (await eventually(again)).draining
+    site.storage.stuck.clear()
+    assert await stop
+
+
+async def test_who_drains_takes_nothing_over(site: Site) -> None:
+    await site.device("a", "b")
+    gone = await site.controller("a")
+    await site.assign("a")
+    await site.serving("a")
+    draining = await site.controller("b")
+    # Whatever becomes of the word to the others.
+    await site.installation.touch(site.installation.keys.controller(ControllerId("b")))
+    await draining.session.drain()
+    me = draining.session.me
+    assert me is not None
+    assert me.draining
+    contest = Contest(draining.context)
+    contest.seen(DISK, lost=ControllerId("a"))
+    await site.crash(gone)
+    await site.installation.revoke((await site.registered("a")).session_lease)
+    said = await contest.compete(DISK, await site.installation.state(), me, Backoff())
+    assert said == Passed("this controller is being drained")
+    await contest.close()
+
+
+GARBAGE = b'{"version": '
+
+
+async def test_garbage_under_its_name_is_told_and_waited_for(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = site.installation.keys.controller(ControllerId("a"))
+    await site.installation.kv.put(key, GARBAGE)
+    starting = asyncio.create_task(site.controller("a"))
+
+    async def told() -> bool | None:
+        return (
+            f"delete it: etcdctl del {key}" in caplog.text and repr(GARBAGE.decode()) in caplog.text
+        ) or None
+
+    await eventually(told)
+    assert not starting.done()
+    await site.installation.kv.put(key, b"still none")
+
+    async def told_again() -> bool | None:
+        return "still none" in caplog.text or None
+
+    await eventually(told_again)
+    assert not starting.done()
+    await site.installation.kv.delete(key)
+    await starting
+    assert (await site.registered("a")).instance == starting.result().instance
+
+
+async def test_garbage_in_place_of_its_registration_ends_the_session_and_not_the_controller(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await site.controller("a")
+    await site.device("a")
+    await site.assign("a")
+    await site.serving("a")
+    before = await site.registered("a")
+    key = site.installation.keys.controller(ControllerId("a"))
+    await site.installation.kv.put(key, GARBAGE)
+    await site.installation.revoke(before.session_lease)
+
+    async def told() -> bool | None:
+        return f"delete it: etcdctl del {key}" in caplog.text or None
+
+    await eventually(told)
+    assert not running.failed.done()
+    assert site.storage.able(DISK) == []
+    await site.installation.kv.delete(key)
+
+    async def registered() -> Controller | None:
+        return await site.find("a")
+
+    again = await eventually(registered)
+    assert again.instance == before.instance
+    assert again.session_lease != before.session_lease
 
 
 async def test_releases_at_once_after_a_crash(site: Site) -> None:

@@ -18,8 +18,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from etcd_server import free_port
-from leasehold.client.dev import DevCluster
+from leasehold.client.dev import DevCluster, free_port
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.kv import Kv
 from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc, records_pb2

@@ -152,6 +152,18 @@ async def test_who_does_not_answer_is_not_waited_for(site: Site, monkeypatch: py
     await site.checker.check(SPEC)
 
 
+async def test_many_that_do_not_answer_have_no_more_time_than_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "PATIENCE", 0.3)
+    monkeypatch.setattr(checking, "AT_ONCE", 1)
+    silent = [await site.controller(name, silent=True) for name in (A, B, Z)]
+    told = (await site.refused())[2]
+    assert "within 0.3 s" in told
+    assert told.count("it was not asked: others did not answer within 0.3 s") == 2
+    assert sum(len(one.asked) for one in silent) == 1
+
+
 async def test_an_address_that_is_anothers_now(site: Site) -> None:
     await site.controller(A, called="b")
     assert "is controller 'b' now" in (await site.refused())[2]

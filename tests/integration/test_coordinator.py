@@ -805,6 +805,24 @@ async def test_a_coordinator_whose_registration_was_deleted_registers_again(
         await session.until("granted")
 
 
+async def test_garbage_in_place_of_a_registration_is_told_and_waited_for(
+    installation: Installation, door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = installation.keys.coordinator(CoordinatorId("c1"))
+    await installation.kv.put(key, b"garbage")
+
+    async def told() -> bool:
+        return f"delete it: etcdctl del {key}" in caplog.text
+
+    await eventually(told)
+    await installation.kv.delete(key)
+
+    async def back() -> bool:
+        return await installation.kv.get(key) is not None
+
+    await eventually(back)
+
+
 async def test_a_coordinator_that_is_stopped_hands_over_at_once(
     installation: Installation, coordinators: Coordinators, a: FakeController
 ) -> None:

@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 import pytest
 
-from etcd_server import EtcdCluster, EtcdServer, Proxy, free_port
+from etcd_server import EtcdCluster, EtcdServer, Proxy
+from leasehold.client.dev import free_port
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.errors import ClusterMismatch, OutcomeUnknown, Unavailable, Unreachable
 from leasehold.store.kv import Kv, absent, put

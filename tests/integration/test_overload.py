@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,23 @@ from leasehold.coordinator.command import main
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.desk import Desk
 from leasehold.coordinator.limits import Limits
+from leasehold.coordinator.reading import Reader
 from leasehold.runtime.config import EtcdSettings
 from leasehold.store.codec import Stored, decode
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.kv import KeyValue, Kv
 from leasehold.store.records import AccessRequest, Coordinator, CoordinatorId, RequestId
-from leasehold.v1 import access_pb2, access_pb2_grpc, controllers_pb2, devices_pb2, history_pb2, records_pb2
+from leasehold.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    controllers_pb2,
+    controllers_pb2_grpc,
+    devices_pb2,
+    devices_pb2_grpc,
+    history_pb2,
+    history_pb2_grpc,
+    records_pb2,
+)
 from pretender import Pretender
 from slow_reader import SlowReader
 
@@ -240,6 +252,78 @@ async def test_nothing_that_stands_waits_for_what_is_new(site: Site, monkeypatch
 
 async def is_in(door: Door, request: str, *states: str) -> bool:
     return await door.state(request) in states
+
+
+LISTS: tuple[tuple[Any, str, type[Message]], ...] = (
+    (access_pb2_grpc.AccessServiceStub, "ListAccess", access_pb2.ListAccessRequest),
+    (devices_pb2_grpc.DeviceServiceStub, "ListDevices", devices_pb2.ListDevicesRequest),
+    (controllers_pb2_grpc.ControllerServiceStub, "ListControllers", controllers_pb2.ListControllersRequest),
+    (
+        controllers_pb2_grpc.CoordinatorServiceStub,
+        "ListCoordinators",
+        controllers_pb2.ListCoordinatorsRequest,
+    ),
+    (history_pb2_grpc.HistoryServiceStub, "ListControlChanges", history_pb2.ListControlChangesRequest),
+)
+
+
+async def test_lists_are_bounded_and_hold_up_nothing_else(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = await site.door(await site.coordinator(lists=1))
+    etcd_answers, reading = asyncio.Event(), asyncio.Event()
+    names = Reader.device_names
+
+    async def stuck(self: Reader, after: str, most: int) -> Any:
+        reading.set()
+        await etcd_answers.wait()
+        return await names(self, after, most)
+
+    async def listed(stub: Any, method: str, request: type[Message]) -> Any:
+        return await getattr(stub(door.channel), method)(request(), timeout=PATIENCE)
+
+    monkeypatch.setattr(Reader, "device_names", stuck)
+    first = asyncio.create_task(listed(*LISTS[1]))
+    try:
+        await reading.wait()
+        for kind in LISTS:
+            error = await refusal(listed(*kind))
+            assert isinstance(error, Busy)
+            assert error.reason == "TOO_MANY_LISTS"
+            assert error.retry_after is not None
+            assert error.retry_after > 0
+        await door.submit("r")
+        await door.release("r")
+    finally:
+        etcd_answers.set()
+    assert [status.device.device for status in (await first).statuses] == [DISK]
+    for kind in LISTS:
+        await listed(*kind)
+
+
+async def test_connections_are_bounded(site: Site) -> None:
+    endpoint = await site.coordinator(connections=2)
+
+    async def served() -> bool:
+        async with Door(endpoint) as door:
+            return await answers(door)
+
+    async with contextlib.AsyncExitStack() as open_ones:
+        for _ in range(2):
+            # Those that have just gone still count for a moment.
+            door = await open_ones.enter_async_context(Door(endpoint))
+            await eventually("there is room", partial(answers, door))
+        assert not await served()
+    await eventually("there is room again", served)
+
+
+async def answers(door: Door) -> bool:
+    try:
+        return await door.ready()
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            raise
+        return False
 
 
 async def test_streams_are_bounded_on_a_connection_and_in_all(site: Site) -> None:

@@ -11,12 +11,14 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from etcd_server import free_port
 from installation import Installation
 from leasehold.client import Busy
+from leasehold.client.dev import free_port
 from leasehold.client.status import from_rpc
+from leasehold.controller import upstream
 from leasehold.controller.relay import METHODS, SERVICES, Relay
-from leasehold.runtime.api import ApiError, ApiServer, Exhausted, answering
+from leasehold.runtime.api import ApiError, ApiServer, Bounds, Exhausted, answering, streaming
+from leasehold.runtime.channels import silence
 from leasehold.store.codec import encode
 from leasehold.store.records import Coordinator, CoordinatorId, InstanceId, lease_number
 from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc
@@ -94,9 +96,9 @@ class Relayed:
         for server in self.servers:
             await server.stop(0)
 
-    async def coordinator(self, name: str) -> Access:
+    async def coordinator(self, name: str, calls: int = 100) -> Access:
         servicer = Access(name)  # type: ignore[abstract]
-        server = ApiServer("127.0.0.1:0")
+        server = ApiServer("127.0.0.1:0", bounds=Bounds(calls=calls))
         access_pb2_grpc.add_AccessServiceServicer_to_server(servicer, server.server)
         port = await server.start()
         self.servers.append(server)
@@ -282,6 +284,70 @@ async def test_a_stream_ends_with_a_word_when_its_coordinator_is_silent(relayed:
             await relayed.coordinator("c2")
             while (await relayed.get("r2"))[1].status.reason != "c2":
                 await asyncio.sleep(0.02)
+
+
+async def test_streams_that_take_all_there_are_do_not_make_the_coordinator_look_silent(
+    relayed: Relayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: asyncio.Queue[grpc.aio.AioRpcError | None] = asyncio.Queue()
+
+    async def noted(channel: grpc.aio.Channel, patience: float) -> grpc.aio.AioRpcError | None:
+        error = await silence(channel, patience)
+        checked.put_nowait(error)
+        return error
+
+    monkeypatch.setattr(upstream, "silence", noted)
+    monkeypatch.setattr(upstream, "BEAT", 0.05)
+    most = 3
+    await relayed.coordinator("c1", most)
+    await relayed.get("known")
+    stub: Any = access_pb2_grpc.AccessServiceStub(relayed.channel)
+    async with asyncio.timeout(10):
+        for number in range(most):
+            call = stub.RequestAccess(access_pb2.RequestAccessRequest(request_id=f"r{number}"))
+            await call.read()
+        while not checked.empty():
+            checked.get_nowait()
+        # The first may have been under way before.
+        assert [await checked.get() for _ in range(2)] == [None, None]
+
+
+class Left:
+    """The call of a client that has left: no status can be sent any more."""
+
+    @staticmethod
+    async def send_initial_metadata(_: Any) -> None: ...
+
+    @staticmethod
+    async def write(_: Any) -> None: ...
+
+    @staticmethod
+    async def abort(*_: Any) -> None:
+        raise grpc.aio.InternalError("the call is over")
+
+    @staticmethod
+    def time_remaining() -> None: ...
+
+    @staticmethod
+    def invocation_metadata() -> tuple[()]:
+        return ()
+
+
+@pytest.mark.parametrize("request_id", ["breaks", "gone", "nobody"])
+async def test_a_stream_whose_client_has_left_is_no_fault(relayed: Relayed, request_id: str) -> None:
+    method = "/leasehold.v1.AccessService/RequestAccess"
+    if request_id != "nobody":
+        await relayed.coordinator("c1")
+        await relayed.get("known")
+    asked = access_pb2.RequestAccessRequest(request_id=request_id).SerializeToString()
+    events = relayed.relay._stream(method, asked, Left())
+    if request_id == "gone":
+        await anext(events)
+        keys = relayed.installation.keys
+        await relayed.installation.kv.delete(keys.coordinator(CoordinatorId("c1")))
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(5):
+            await streaming(Left(), events)  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager

@@ -12,8 +12,9 @@ import pytest
 
 from authority import Authority
 from equipment import missing
-from etcd_server import EtcdServer, free_port
+from etcd_server import EtcdServer
 from leasehold.client import NoCoordinator, Tls, Untrusted, connect
+from leasehold.client.dev import free_port
 from leasehold.client.nbd import NbdClient
 from leasehold.client.tls import CA, CERT, KEY, Security
 

@@ -23,6 +23,7 @@ from leasehold.coordinator.command import main
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.view import DeviceView
 from leasehold.etcd.v3 import kv_pb2
+from leasehold.runtime.api import ApiServer
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.roster import rendezvous
 from leasehold.store.codec import decode, encode
@@ -496,6 +497,32 @@ async def test_a_holder_without_its_session_is_left_to_the_controllers(site: Sit
     queued = await stream.until("queued")
     assert "session of a in epoch 1 is gone" in queued.reason
     assert await site.holder() == before, "what it published may be dead"
+
+
+async def test_an_access_is_confirmed_by_the_session_that_gave_it_and_by_no_other(site: Site) -> None:
+    """A controller that was started again answers, and knows nothing of the path."""
+    await site.first.ask("q1", controller="a").until("granted")
+    pretender = site.controllers["a"]
+    asked = access_pb2.GetAccessRequest(request_id="q1", confirm=True)
+    server = ApiServer("127.0.0.1:0")
+    endpoint = f"127.0.0.1:{await server.start()}"
+    try:
+        await pretender.say(replace(pretender.me, endpoint=endpoint))
+
+        async def confirmed() -> bool:
+            return bool((await site.first.access.GetAccess(asked)).status.HasField("access"))
+
+        await eventually("it is confirmed", confirmed)
+        await pretender.say(replace(pretender.me, session_lease=await site.etcd.lease()))
+
+        async def doubted() -> str | None:
+            status = (await site.first.access.GetAccess(asked)).status
+            return None if status.HasField("access") else str(status.reason)
+
+        assert "the session of a is gone" in await eventually("it is doubted", doubted)
+        assert (await site.first.status("q1")).HasField("access"), "who does not ask for it is not told"
+    finally:
+        await server.stop(0)
 
 
 async def test_a_request_that_trips_the_planner_is_rejected_and_the_queue_moves_on(

@@ -231,7 +231,7 @@ async def test_nobody_is_granted_in_a_hold_of_the_other_kind(
     if held.read_only == mode.read_only:
         await installation.apply(await granting(installation, waiting))
         return
-    with pytest.raises(NotPossible, match="its hold is not for"):
+    with pytest.raises(NotPossible, match="served for reading only"):
         await granting(installation, waiting)
 
 
@@ -326,7 +326,7 @@ async def test_a_sharer_that_lapsed_hinders_whoever_comes_after_the_others(
     await installation.apply(await ended(installation, "q3"))
     for name, mode in (("q4", EXCLUSIVE), ("q5", SHARED)):
         waiting = await installation.submitted(name, mode=mode)
-        with pytest.raises(NotPossible, match="may still know its path"):
+        with pytest.raises(NotPossible, match="may still know the path"):
             await granting(installation, waiting)
 
 

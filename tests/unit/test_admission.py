@@ -195,6 +195,34 @@ async def test_who_is_refused_is_told_when_to_come_again() -> None:
     assert f"{error.retry_after:.1f} s" in error.message
 
 
+# Lists.
+
+
+def test_so_many_lists_are_read_at_one_moment() -> None:
+    admission = Admission(Limits(lists=2), queued(), Clock())
+    with admission.reading():
+        with admission.reading():
+            told = []
+            for _ in range(2):
+                with pytest.raises(Exhausted, match=r"limits\.lists$") as raised, admission.reading():
+                    raise AssertionError("it was let in")
+                told.append(raised.value)
+            assert told[0].reason == "TOO_MANY_LISTS"
+            assert 0 < told[0].retry_after < told[1].retry_after
+        with admission.reading():
+            pass
+
+
+async def test_lists_that_are_refused_send_no_request_away_for_longer() -> None:
+    admission = Admission(Limits(lists=1, queue=1), queued("q1"), Clock())
+    before = (await refusal(Admission(Limits(queue=1), queued("q1"), Clock()))).retry_after
+    with admission.reading():
+        for _ in range(100):
+            with pytest.raises(Exhausted), admission.reading():
+                raise AssertionError("it was let in")
+    assert (await refusal(admission)).retry_after == before
+
+
 # Streams.
 
 

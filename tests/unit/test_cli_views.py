@@ -302,7 +302,9 @@ def test_a_page_shows_the_last_changes_only(leasehold: CommandLine) -> None:
 
 
 def test_describe_controller(leasehold: CommandLine) -> None:
-    registered = records_pb2.Controller(controller="a", endpoint="h:1", drivers=["nbd"], software="0.1.0")
+    registered = records_pb2.Controller(
+        controller="a", endpoint="h:1", drivers=["nbd"], software="0.1.0", fencer_lacks=["a watchdog", "luck"]
+    )
     other = change(1, records_pb2.CHANGE_KIND_RELEASED, 40, name="d9")
     other.change.gained.controller = other.change.lost.controller = "b"
     leasehold.answer(
@@ -315,6 +317,7 @@ def test_describe_controller(leasehold: CommandLine) -> None:
     told = leasehold("describe", "controller", "a").stdout
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert "State: REGISTERED" in lines
+    assert "Fencer lacks: a watchdog, luck" in lines
     assert "d1 ACTIVE 7 me 1" in lines
     assert "reason 2" in told
     assert "d9" not in told

@@ -403,6 +403,16 @@ async def test_an_access_that_stands_is_lost_when_there_is_no_room_for_a_ttl(
         await left(access)
 
 
+async def test_who_has_access_is_never_sent_away_for_all_that_it_has_left() -> None:
+    async with FakeCoordinator(ttl=4) as coordinator, connect(coordinator.endpoint) as leasehold:
+        access, session = await entered(leasehold, coordinator)
+        session.close()
+        for _ in range(2):
+            (await soon(coordinator.session())).busy(60.0)
+        (await soon(coordinator.session())).grant(path="nbd://a/disk-1-4", epoch=4)
+        await left(access)
+
+
 async def test_giving_up_takes_the_request_back(leasehold: Leasehold, first: FakeCoordinator) -> None:
     entering = await waiting(leasehold, first)
     entering.cancel()

@@ -11,6 +11,7 @@ import pytest
 
 from leasehold.coordinator import cluster as module
 from leasehold.coordinator.cluster import Cluster
+from leasehold.store.clock import NANOSECONDS
 from leasehold.store.codec import encode
 from leasehold.store.connection import Connection
 from leasehold.store.kv import Snapshot
@@ -238,6 +239,28 @@ def test_rest_goes_on_though_everything_was_read_anew() -> None:
     content.delete(KEYS.availability(DISK, ControllerId("a")))
     cluster.load(content.snapshot())
     assert cluster.view(DISK).resting == {}
+
+
+def test_what_a_request_has_waited_is_counted_from_its_arrival_whatever_is_read_anew() -> None:
+    now = 0
+    content = Content(spec(), *pending("early"))
+    cluster = Cluster(KEYS, lambda: now)
+    cluster.load(content.snapshot())
+    now = 3 * NANOSECONDS
+    cluster.apply(content.put(*pending("late")))
+    now = 5 * NANOSECONDS
+    # Neither its own change nor a gap begins it anew.
+    cluster.apply(content.put(*pending("early")))
+    cluster.load(content.snapshot())
+    early, late = RequestId("early"), RequestId("late")
+    assert (cluster.waited(early), cluster.waited(late)) == (5.0, 2.0)
+    cluster.apply(content.delete(KEYS.queue_entry(DISK, early)))
+    assert (cluster.waited(early), cluster.waited(late)) == (0.0, 2.0)
+    cluster.apply(content.put(*pending("early")))
+    assert cluster.waited(early) == 0.0
+    content.delete(KEYS.queue_entry(DISK, late))
+    cluster.load(content.snapshot())
+    assert cluster.waited(late) == 0.0
 
 
 def test_a_failure_from_before_is_not_waited_for() -> None:

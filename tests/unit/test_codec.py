@@ -80,6 +80,7 @@ FULL: tuple[Record, ...] = (
         drain_seconds=5,
         fences={"nbd": "gate", "exec": "none"},
         session_ttl_seconds=30,
+        fencer_lacks=("locked memory", "a watchdog"),
     ),
     Coordinator(
         coordinator=CoordinatorId("c"), instance=ONE, session_lease=SESSION, endpoint="h:2", software="0.1.0"

@@ -10,7 +10,6 @@ import pytest
 
 from leasehold.coordinator.desk import LONGEST_WAIT, _the_same, asked, with_newcomer
 from leasehold.coordinator.leases import AccessLeases
-from leasehold.coordinator.paging import DEFAULT_SIZE, LARGEST_SIZE, page
 from leasehold.coordinator.specs import checked_spec
 from leasehold.runtime.api import ApiError
 from leasehold.store.errors import Unavailable
@@ -223,53 +222,6 @@ def test_ids_are_no_prefixes() -> None:
     content = Content(spec(), *pending("r", device=DeviceId("d10")))
     assert not content.view().queue
     assert KEYS.controller(ControllerId("a")) in {KEYS.controllers + "a"}
-
-
-# Pages.
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 0])
-def test_pages_join_to_the_whole(size: int) -> None:
-    items = [f"i{number}" for number in range(7)]
-    seen: list[str] = []
-    token = ""
-    for _ in range(8):
-        chosen, token = page(items, str, size, token)
-        seen.extend(chosen)
-        assert len(chosen) <= (size or DEFAULT_SIZE)
-        if not token:
-            break
-    assert seen == items
-
-
-def test_a_page_goes_on_where_the_last_ended_though_the_list_changed() -> None:
-    chosen, token = page(["a", "c", "e", "g"], str, 2, "")
-    assert list(chosen) == ["a", "c"]
-    chosen, token = page(["a", "b", "d", "e", "g"], str, 2, token)
-    assert list(chosen) == ["d", "e"]
-    assert page(["g"], str, 2, token) == (["g"], "")
-
-
-def test_pages_are_bounded() -> None:
-    items = [f"{number:05d}" for number in range(LARGEST_SIZE + 1)]
-    assert len(page(items, str, 2**31 - 1, "")[0]) == LARGEST_SIZE
-    assert len(page(items, str, 0, "")[0]) == DEFAULT_SIZE
-
-
-@pytest.mark.parametrize("token", ["\0", "~", "x" * 100_000, "../x"])
-def test_a_hostile_token_is_a_place_like_any_other(token: str) -> None:
-    chosen, following = page(["a", "b"], str, 10, token)
-    assert list(chosen) in ([], ["a", "b"])
-    assert following == ""
-
-
-def test_an_empty_list_has_one_empty_page() -> None:
-    assert page([], str, 10, "") == ([], "")
-
-
-def test_a_negative_page_is_refused() -> None:
-    with pytest.raises(ApiError, match="page_size"):
-        page(["a"], str, -1, "")
 
 
 # Leases.

@@ -8,7 +8,6 @@ from leasehold.store.kv import (
     MAX_OPERATIONS,
     Kv,
     absent,
-    delete_prefix,
     empty,
     encode_key,
     get_prefix,
@@ -26,9 +25,7 @@ def test_a_prefix_ends_before_the_next_sibling() -> None:
     assert not any(encode_key("/a/d1/") <= key < end for key in outside)
 
 
-@pytest.mark.parametrize(
-    "make", [range_end, get_prefix, delete_prefix, empty, lambda prefix: none_newer(prefix, 1)]
-)
+@pytest.mark.parametrize("make", [range_end, get_prefix, empty, lambda prefix: none_newer(prefix, 1)])
 @pytest.mark.parametrize("prefix", ["", "/a", "/a/d1"])
 def test_a_prefix_without_its_slash_is_a_mistake(make: object, prefix: str) -> None:
     assert callable(make)

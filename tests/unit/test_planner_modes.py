@@ -7,7 +7,7 @@ import pytest
 
 from leasehold.coordinator.planner import Assign, Decision, Direct, Give, Wait, decide
 from leasehold.store.records import AccessMode, HolderState, Record
-from leasehold.store.requests import MOST_TOGETHER
+from leasehold.store.requests import MOST_TOGETHER, QueueSeen, submit_granted
 from mirror import Content, controller, granted, holding, pending, spec
 
 EXCLUSIVE, SHARED, READ_ONLY = AccessMode
@@ -231,7 +231,9 @@ CASES = (
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_decision_follows_the_modes(case: Case) -> None:
-    decision = decide(Content(spec(), *case.records).view())
+    content = Content(spec(), *case.records)
+    view = content.view()
+    decision = decide(view)
     assert type(decision) is case.kind, decision
     assert case.says in decision.reason
     match decision:
@@ -240,6 +242,9 @@ def test_a_decision_follows_the_modes(case: Case) -> None:
             assert (waiting.request.request if waiting else "") == case.request
         case Give(_, waiting):
             assert waiting.request.request == case.request
+            # What is decided can be done.
+            queue = QueueSeen(view.device, view.state.revision)
+            submit_granted(content.cluster().keys, view.state, queue, waiting.request, reason=decision.reason)
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(AccessMode, repeat=2)))

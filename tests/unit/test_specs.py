@@ -1,6 +1,7 @@
 """What of a device may be changed when: under an etag, and never from under a holder."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -8,9 +9,11 @@ import grpc
 import pytest
 
 from installation import DISK, Installation
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
+from leasehold.coordinator.limits import Limits
 from leasehold.coordinator.lists import HistoryService
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.specs import Specs
@@ -220,7 +223,7 @@ async def test_delete_says_what_is_in_the_way(installation: Installation, ledger
 async def test_history_after_a_revision(installation: Installation, ledger: Ledger) -> None:
     await installation.device()
     await installation.active(await installation.controller("a"))
-    service = HistoryService(ledger.cluster, ledger)
+    service = HistoryService(ledger, Admission(Limits(), ledger.cluster, time.monotonic))
     everything = await service.ListControlChanges(history_pb2.ListControlChangesRequest(), None)
     first, second = everything.changes
     assert everything.revision >= second.revision

@@ -293,7 +293,7 @@ class DevCluster:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on.
+    """A port of the loopback that nobody listens on, and that nobody else is given while this process lives.
 
     Outside the range from which the kernel takes ports for outgoing connections, so that none of them is in
     the way when a daemon is started again on the same port.
@@ -304,6 +304,7 @@ def free_port() -> int:
         with socket.socket() as tried:
             try:
                 tried.bind((HOST, port))
+                _reserve(port)
             except OSError:
                 continue
             return port
@@ -322,6 +323,14 @@ def _wanted_port(port: int) -> int:
                 f"etcd can not have port {port} of {HOST}: {error.strerror}: name another, or 0 for any"
             ) from error
     return port
+
+
+def _reserve(port: int) -> None:
+    """Raises OSError if another has been given the port, and does not listen on it yet, or not any more."""
+    with socket.socket(socket.AF_UNIX) as name:
+        # In the abstract namespace, so nothing is left behind. The descriptor lasts as long as the process.
+        name.bind(f"\0leasehold-port-{port}")
+        name.detach()
 
 
 def _healthy(endpoint: str) -> bool:

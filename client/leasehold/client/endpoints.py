@@ -4,6 +4,7 @@ Any of them answers any call, so a call that fails for want of an answer is put 
 caller's; whoever answered last is asked first the next time.
 """
 
+import math
 import os
 import random
 import re
@@ -93,14 +94,15 @@ class Endpoints:
         *,
         until: float,
         answer: float | None = None,
+        longest: float = math.inf,
         failed: Callable[[BaseException], None] = lambda _: None,
     ) -> tuple[str, T]:
         """What `attempt` returns for the first channel on which it succeeds, and that channel's address.
 
         It is called with a channel and the seconds it may take, at most `answer` or else ANSWER, again and
         again until `until` (of `clock.now`). It must therefore be harmless to repeat. Where all that answer
-        are busy, it is after the time that they told. `failed` is told of every round in which nobody helped,
-        but for the last.
+        are busy, it is after the time that they told, but at most `longest` seconds later. `failed` is told
+        of every round in which nobody helped, but for the last.
 
         Raises `NoCoordinator` or `Busy` if nobody answered by then, `Untrusted` at once if certificates keep
         all of them from it and nobody ever answered, and any other answer as the error it stands for.
@@ -108,7 +110,7 @@ class Endpoints:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((NoCoordinator, Busy)),
             stop=lambda _: now() >= until - LEAST,
-            wait=_until(until),
+            wait=_until(until, longest),
             before_sleep=lambda state: _tell(state, failed),
             reraise=True,
         )
@@ -156,11 +158,11 @@ class Endpoints:
         return NoCoordinator(told, failure.reason) if self._trusted else Untrusted(told, "TLS")
 
 
-def _until(until: float) -> Callable[[RetryCallState], float]:
-    """Longer and longer pauses, but none shorter than a busy one asked for. The last leaves time for one more
-    round."""
+def _until(until: float, longest: float) -> Callable[[RetryCallState], float]:
+    """Longer and longer pauses, none shorter than a busy one asked for, but none longer than `longest`. The
+    last leaves time for one more round."""
     growing = wait_random_exponential(multiplier=0.05, max=1.0)
-    return lambda state: min(max(growing(state), _wished(state)), max(until - now() - LEAST, 0.0))
+    return lambda state: min(max(growing(state), _wished(state)), longest, max(until - now() - LEAST, 0.0))
 
 
 def _wished(state: RetryCallState) -> float:

@@ -88,6 +88,7 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
         ("Endpoint", record.endpoint),
         ("Data host", record.data_host),
         ("Drivers", ", ".join(record.drivers)),
+        *([("Fencer lacks", ", ".join(record.fencer_lacks))] if record.fencer_lacks else []),
         ("Version", record.software),
         ("Instance", record.instance),
         ("Session", record.session_lease),

@@ -14,6 +14,7 @@ without closing anything. Two quarters find it out, and the other two are left t
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 
@@ -108,9 +109,14 @@ class Session:
 
         since = now()
         while True:
-            until = since + self._timeout if self._contact is None else self._contact + self.ttl
+            until, longest = since + self._timeout, math.inf
+            if self._contact is not None:
+                # However busy everybody is: one try that fails must not be all that the access has left.
+                until, longest = self._contact + self.ttl, self.ttl / 4
             try:
-                address, (call, first) = await self._endpoints.ask(attempt, until=until, failed=self._told)
+                address, (call, first) = await self._endpoints.ask(
+                    attempt, until=until, longest=longest, failed=self._told
+                )
             except (Busy, NoCoordinator) as error:
                 self._told(error)
                 if self._contact is not None or self._full <= since:

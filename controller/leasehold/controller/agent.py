@@ -162,13 +162,20 @@ class Agent:
         await asyncio.gather(*(hold.tried.wait() for hold in ending))
         return all(hold.phase is Phase.PROVED for hold in ending)
 
-    async def stop(self, seconds: float) -> bool:
-        """Give everything up, in order. True if nothing is left to be proved or released."""
+    def pause(self, reason: str) -> None:
+        """Take no devices any more, until `resume`, and begin to give up those that are held."""
         self.stopping = True
         for hold in list(self.holds.values()):
-            hold.end("this controller stops", graceful=True)
+            hold.end(reason, graceful=True)
         for device in list(self.assignments):
             self.worker.wake(device)
+
+    def resume(self) -> None:
+        """Take devices again. What was missed meanwhile is found by the next look at everything."""
+        self.stopping = False
+
+    async def given_up(self, seconds: float) -> bool:
+        """After `pause`: wait until nothing is left to be proved or released. False after `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self.worker.idle()
@@ -177,6 +184,12 @@ class Agent:
                     await self._nothing_held.wait()
         except TimeoutError:
             _log.error("%d devices could not be given up in %.0f s", len(self.holds), seconds)
+        return not self.holds
+
+    async def stop(self, seconds: float) -> bool:
+        """Give everything up, in order. True if nothing is left to be proved or released."""
+        self.pause("this controller stops")
+        await self.given_up(seconds)
         await self.worker.close()
         return not self.holds
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 stopped in order; 1 ended by an error, or something could not be given up and is left to its
 lease; 2 the configuration can not be used, or the address in it can not be had; 3 refused, because this
-controller runs already, a driver can not start or its past can not be cleaned up.
+controller runs already, a driver or the fencer can not start, or its past can not be cleaned up.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from leasehold.controller.config import ControllerConfig
 from leasehold.controller.daemon import Daemon
+from leasehold.controller.fencer.channel import FencerFailed
 from leasehold.controller.gate import GateError
 from leasehold.controller.journal import JournalRefused
 from leasehold.controller.recovery import RecoveryRefused
@@ -49,7 +50,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> int:
             await asyncio.wait((starting,))
             return DONE
         starting.result()
-    except (JournalRefused, RecoveryRefused, NameTaken, GateError) as error:
+    except (JournalRefused, RecoveryRefused, NameTaken, GateError, FencerFailed) as error:
         _log.error("refused: %s", error)
         return REFUSED
     except (ConfigError, CanNotListen) as error:

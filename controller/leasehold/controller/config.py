@@ -62,6 +62,15 @@ class FilesystemSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FencerSettings:
+    """The `[fencer]` table: what stands behind the process that ends what is late."""
+
+    watchdog: Path | None = None
+    """The host's watchdog, `/dev/watchdog`. While it is not sure that everything whose deadline has passed is
+    over, the fencer does not write to it, and the host is reset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerConfig:
     """The whole file.
 
@@ -83,6 +92,7 @@ class ControllerConfig:
     etcd: EtcdSettings = field(default_factory=EtcdSettings)
     data: DataSettings = field(default_factory=DataSettings)
     filesystem: FilesystemSettings = field(default_factory=FilesystemSettings)
+    fencer: FencerSettings = field(default_factory=FencerSettings)
 
     def __post_init__(self) -> None:
         check_id("controller", self.name)

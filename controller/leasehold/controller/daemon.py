@@ -1,7 +1,11 @@
 """One controller from its start to its end: what is started in which order, and why.
 
 Start: lock the journal (no other controller here); make the gate (what an earlier one let through ends);
-connect; have the drivers prove the past over; register; release what names an earlier instance; watch.
+start the fencer; connect; have the drivers prove the past over; register; release what names an earlier
+instance; watch.
+
+If the fencer dies: say so in the registration and take no more devices; deactivate and release every device;
+start another; begin a new session, and only then take devices again.
 
 Stop: say so in the registration; deactivate and release every device, then revoke the session, then
 everything else. What can not be proved within the time is left as it is, and so is the session: its lease
@@ -23,6 +27,7 @@ from leasehold.controller.contest import Contest
 from leasehold.controller.context import Context
 from leasehold.controller.driver import Driver, DriverContext
 from leasehold.controller.drivers import DriverFactory, driver_factories
+from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.health import watch_health, watch_records
 from leasehold.controller.journal import Journal
@@ -75,6 +80,7 @@ class Daemon:
         self._cleanup = contextlib.AsyncExitStack()
         self._background: set[asyncio.Task[None]] = set()
         self._session_task: asyncio.Task[None] | None = None
+        self._fencer_task: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.address = ""
         self.instance = new_instance()
@@ -82,8 +88,8 @@ class Daemon:
     async def start(self) -> None:
         """Everything up to being ready.
 
-        Raises JournalRefused, RecoveryRefused, NameTaken, ConfigError, GateError, OSError, StoreError; then
-        nothing is left running.
+        Raises JournalRefused, RecoveryRefused, NameTaken, ConfigError, GateError, FencerFailed, OSError,
+        StoreError; then nothing is left running.
         """
         try:
             await self._start()
@@ -100,6 +106,9 @@ class Daemon:
         with _usable("data.gate_dir"):
             gate = Gate.create(config.gate_file, config.data.slots)
         self._cleanup.callback(gate.close)
+        self._fencer = FencerChannel(gate, config.state_dir, config.fencer.watchdog)
+        self._cleanup.push_async_callback(self._fencer.stop)
+        await self._fencer.start()
         connection = await self._cleanup.enter_async_context(config.etcd.connect())
         for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
             _log.warning("%s", warning)
@@ -143,6 +152,7 @@ class Daemon:
         self._run(watch_records(self.agent, context))
         self._run(self._checkpoints(journal))
         self._session_task = self._run(self._keep_session())
+        self._fencer_task = self._run(self._keep_fencer())
         waiting = asyncio.ensure_future(watching.wait())
         await asyncio.wait((waiting, self.failed), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -150,9 +160,13 @@ class Daemon:
             raise self.failed.result()
         await self._server.ready()
         _log.info("ready, listening on %s", self.address)
+        if self._fencer.lacks:
+            _log.warning("the fencer may be late if the host is; it lacks %s", ", ".join(self._fencer.lacks))
 
     async def stop(self) -> bool:
         """Give everything up in order. True if everything was released."""
+        if self._fencer_task is not None:
+            self._fencer_task.cancel()
         try:
             async with asyncio.timeout(_ANNOUNCING):
                 await self.session.drain()
@@ -192,6 +206,7 @@ class Daemon:
             workers=config.data.workers,
             on_unhealthy=self._unhealthy,
             mount_root=config.mount_root,
+            fencer=self._fencer,
         )
         factories = self._factories if self._factories is not None else driver_factories(config.drivers)
         return {name: factory(given) for name, factory in factories.items()}
@@ -213,8 +228,10 @@ class Daemon:
             endpoint=self.address,
             data_host=config.data.advertised,
             drivers=tuple(sorted(self.context.drivers)),
+            draining=not self._fencer.present,
             software=version("leasehold"),
             drain_seconds=math.ceil(config.timing.drain),
+            fencer_lacks=self._fencer.lacks,
             fences={name: driver.fence_kind.value for name, driver in self.context.drivers.items()},
             session_ttl_seconds=config.timing.session_ttl,
         )
@@ -234,6 +251,28 @@ class Daemon:
                 self.session.leave(lost)
             await self.session.begin()
             self._observer.renewed()
+
+    async def _keep_fencer(self) -> None:
+        """Serve nothing without a fencer. Raises FencerFailed if no other can be had."""
+        timing = self._config.timing
+        while True:
+            await self._fencer.until_gone()
+            self.agent.pause("the fencer died")
+            _log.error("the fencer died: every device is given up until there is another")
+            try:
+                async with asyncio.timeout(_ANNOUNCING):
+                    await self.session.drain()
+            except (StoreError, TimeoutError) as error:
+                _log.warning(
+                    "coordinators do not know yet that it takes no devices: %s", error or "no answer"
+                )
+            # What is still not proved then was shut, and is asked for again.
+            await self.agent.given_up(timing.stop)
+            await self._fencer.start_again()
+            self.agent.resume()
+            if not self.agent.stopping:
+                self.session.admit()
+            self.session.lose("it was without a fencer, and there is another now")
 
     async def _checkpoints(self, journal: Journal) -> None:
         while True:

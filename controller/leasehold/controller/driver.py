@@ -31,6 +31,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 
 ENTRY_POINTS = "leasehold.drivers"
@@ -77,7 +78,8 @@ class DriverContext:
     `data_host` is the name or address that clients reach this host by; it becomes part of a path.
     `base_port` 0 means ephemeral ports. `mount_root` is this controller's own directory for mount points.
     `on_unhealthy(device, reason)` is called on the event loop
-    when a data path breaks without having been asked.
+    when a data path breaks without having been asked. `fencer` ends those processes of a driver that are late
+    with a deadline, and only those it was told of; a driver without processes needs none.
     """
 
     gate: Gate
@@ -88,6 +90,7 @@ class DriverContext:
     workers: int
     on_unhealthy: Callable[[str, str], None] = field(repr=False)
     mount_root: Path = Path("/run/leasehold/mnt")
+    fencer: FencerChannel | None = None
 
 
 class DriverError(Exception):

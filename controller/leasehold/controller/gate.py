@@ -14,7 +14,8 @@ word  meaning
 1     number of slots
 2     session deadline, ns of CLOCK_BOOTTIME; 0 = no session
 3     session generation; rises whenever a session begins
-4-7   unused
+4     when the fencer last looked, ns of CLOCK_BOOTTIME; 0 = never
+5-7   unused
 8+4s  slot s: epoch
 9+4s  slot s: deadline, ns of CLOCK_BOOTTIME; 0 = shut
 10+4s slot s: the epoch that was shut, or 0
@@ -32,8 +33,9 @@ What the layout is for:
    session deadline counts up the generation, and no slot opened before is revived.
 4. A deadline that has passed stays passed: `extend` and `set_session` do not bring it back.
 
-Not covered: a request that was allowed, and whose thread is then frozen before the system call.
-That takes a reservation on the device, or a watchdog for the host.
+Not covered by the gate itself: a request that was allowed, and whose thread is then frozen before the
+system call. The fencer kills its process (see `leasehold.controller.fencer.process`); against a host that
+freezes as a whole it takes a reservation on the device, or a watchdog.
 
 Put the file on tmpfs. On a disk filesystem a store may have to wait for the writeback of its page,
 and then a stuck disk stops renewals.
@@ -56,7 +58,7 @@ _MAGIC = 0x4C48_4741_5445_0001  # "LHGATE", version 1
 _WORD = 8
 _HEADER = 8
 _STRIDE = 4
-_SESSION, _GENERATION = 2, 3
+_SESSION, _GENERATION, _LOOKED = 2, 3, 4
 _EPOCH, _DEADLINE, _SHUT, _BORN = 0, 1, 2, 3
 MAX_SLOTS = 1 << 20
 
@@ -208,12 +210,26 @@ class Gate:
         return clock_gettime_ns(CLOCK_BOOTTIME) < (deadline if deadline < session else session)
 
     def deadline(self, slot: int) -> int:
-        """When `slot` ends unless it is extended: ns of CLOCK_BOOTTIME, 0 if it is shut."""
+        """When `slot` ends unless it is extended: ns of CLOCK_BOOTTIME.
+
+        0 if it is shut, or was opened under an earlier session.
+        """
         at = self._at(slot)
         words = self._words
-        if words[at + _SHUT] == words[at + _EPOCH]:
+        deadline = words[at + _DEADLINE]
+        session = words[_SESSION]
+        if words[at + _SHUT] == words[at + _EPOCH] or words[at + _BORN] != words[_GENERATION]:
             return 0
-        return int(min(words[at + _DEADLINE], words[_SESSION]))
+        return int(min(deadline, session))
+
+    def looked(self) -> None:
+        """The fencer's word that it looks after the deadlines at this moment."""
+        self._words[_LOOKED] = clock_gettime_ns(CLOCK_BOOTTIME)
+
+    @property
+    def last_look(self) -> int:
+        """When the fencer last looked: ns of CLOCK_BOOTTIME, 0 for never."""
+        return int(self._words[_LOOKED])
 
     def take_slot(self) -> int:
         """Take a shut slot for a hold. The creator's side only. Raises GateError when all are taken."""

@@ -11,16 +11,16 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from leasehold.controller.upstream import CutOff, Upstream, answered
-from leasehold.runtime.api import MAX_MESSAGE, STALL, ApiError, streaming
+from leasehold.runtime.api import STALL, ApiError, answering, streaming
+from leasehold.runtime.channels import Channels
 from leasehold.runtime.roster import rendezvous
 from leasehold.runtime.tls import TlsSettings
-from leasehold.store import pem
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.connection import Connection
 from leasehold.store.keys import Keys
@@ -34,14 +34,6 @@ Stub = Any
 
 _log = logging.getLogger(__name__)
 
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.enable_http_proxy", 0),
-)
 _DETAILS = "grpc-status-details-bin"
 _OURS = frozenset({"user-agent", "content-type", "te", "host"})
 """Metadata of the hop and not of the call."""
@@ -63,6 +55,18 @@ METHODS = _streaming_methods()
 SERVICES = tuple(sorted({path.split("/")[1] for path in METHODS}))
 
 
+class Passed(ApiError):
+    """What a coordinator answered, passed on with its details and trailers."""
+
+    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+        super().__init__(error.code(), "", error.details() or "")
+        self._trailers = _passed(error.trailing_metadata())
+
+    async def abort(self, context: "grpc.aio.ServicerContext[Any, Any]") -> NoReturn:
+        await context.abort(self.code, self.message, self._trailers)
+        raise AssertionError("abort returned")
+
+
 class Relay(grpc.GenericRpcHandler):
     """See the module. `follow` keeps it informed of the coordinators that live."""
 
@@ -73,7 +77,7 @@ class Relay(grpc.GenericRpcHandler):
         """
         self._name = name
         self._stall = stall
-        self._credentials = tls.client() if tls else None
+        self._channels = Channels(tls)
         self._endpoints: dict[str, str] = {}
         self._upstreams: dict[str, Upstream] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -93,7 +97,8 @@ class Relay(grpc.GenericRpcHandler):
             return grpc.unary_stream_rpc_method_handler(stream)
 
         async def unary(request: bytes, context: Any) -> bytes:
-            return await self._unary(method, request, context)
+            answer: bytes = await answering(context, lambda: self._unary(method, request, context))
+            return answer
 
         return grpc.unary_unary_rpc_method_handler(unary)
 
@@ -148,16 +153,8 @@ class Relay(grpc.GenericRpcHandler):
     def _upstream(self, endpoint: str) -> Upstream:
         upstream = self._upstreams.get(endpoint)
         if upstream is None:
-            if self._credentials is None:
-                channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
-            else:
-                channel = grpc.aio.secure_channel(endpoint, self._credentials, options=_OPTIONS)
-            upstream = self._upstreams[endpoint] = Upstream(endpoint, channel)
+            upstream = self._upstreams[endpoint] = Upstream(endpoint, self._channels)
         return upstream
-
-    def _told(self, endpoint: str, error: grpc.aio.AioRpcError) -> str:
-        secure = self._credentials is not None
-        return f"{endpoint}: {pem.explain(error.details() or error.code().name, secure=secure)}"
 
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
         last = ""
@@ -173,14 +170,13 @@ class Relay(grpc.GenericRpcHandler):
                 last = str(error)
             except grpc.aio.AioRpcError as error:
                 if not _unanswered(error):
-                    await _abort(context, error)
-                last = self._told(upstream.endpoint, error)
+                    raise Passed(error) from error
+                last = f"{upstream.endpoint}: {self._channels.explain(error)}"
             else:
                 context.set_trailing_metadata(_passed(await call.trailing_metadata()))
                 return answer
             _log.warning("no answer to %s: %s", method, last)
-        await _nobody(last).abort(context)
-        raise AssertionError("abort returned")
+        raise _nobody(last)
 
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         last = ""
@@ -200,13 +196,13 @@ class Relay(grpc.GenericRpcHandler):
             except CutOff as error:
                 last = str(error)
                 if begun:
-                    await ApiError(grpc.StatusCode.UNAVAILABLE, "COORDINATOR_GONE", last).abort(context)
+                    raise ApiError(grpc.StatusCode.UNAVAILABLE, "COORDINATOR_GONE", last) from None
             except grpc.aio.AioRpcError as error:
                 if begun or not _unanswered(error):
-                    await _abort(context, error)
-                last = self._told(upstream.endpoint, error)
+                    raise Passed(error) from error
+                last = f"{upstream.endpoint}: {self._channels.explain(error)}"
             _log.warning("no answer to %s: %s", method, last)
-        await _nobody(last).abort(context)
+        raise _nobody(last)
 
 
 def _begun(stub: Stub, request: bytes, context: Any) -> Any:
@@ -224,10 +220,6 @@ def _passed(metadata: Any) -> tuple[tuple[str, str | bytes], ...]:
 def _unanswered(error: grpc.aio.AioRpcError) -> bool:
     answered = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
     return error.code() is grpc.StatusCode.UNAVAILABLE and not answered
-
-
-async def _abort(context: Any, error: grpc.aio.AioRpcError) -> None:
-    await context.abort(error.code(), error.details() or "", _passed(error.trailing_metadata()))
 
 
 def _nobody(last: str) -> ApiError:

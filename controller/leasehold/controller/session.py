@@ -6,7 +6,8 @@ revives nothing: an epoch given under the old session is released and never acte
 
 A name belongs to one controller. An instance that finds its name registered by one that its journal does not
 have is refused at once: whether that one lives, is stopped or is cut off can not be told from here, and if it
-goes on it must find its name as it left it. Only a session of this very controller is waited for.
+goes on it must find its name as it left it. Only a session of this very controller is waited for, and what is
+no registration at all, which is told.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from leasehold.controller.context import Context
-from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
 from leasehold.store.codec import Unreadable, decode, encode
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import put, unchanged
@@ -39,6 +40,7 @@ class Session:
         self._build = build
         self._on_lost = on_lost
         self._registered: Registered[Controller] | None = None
+        self._draining = False
         self._running_out: set[LeaseId] = set()
         self.lost = asyncio.Event()
 
@@ -81,6 +83,9 @@ class Session:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_RETRY)
                 continue
+            except NameSpoiled as spoiled:
+                await changed(context.kv, spoiled)
+                continue
             break
         self._registered = registered
         self.lost.clear()
@@ -92,6 +97,12 @@ class Session:
             registered.record.instance,
             registered.record.session_lease,
         )
+        if self._draining and not registered.record.draining:
+            # It was told to drain while the registration was on its way.
+            try:
+                await self.drain()
+            except StoreError as error:
+                _log.warning("coordinators do not know that this controller drains: %s", error)
 
     async def until_lost(self) -> LeaseId:
         """Wait until the session is lost, by its lease or by what `lose` was told. Returns the one lost."""
@@ -120,20 +131,27 @@ class Session:
         self._on_lost(reason)
 
     async def drain(self) -> None:
-        """Say in the registration that this controller takes no more devices. Raises StoreError.
+        """Say in the registration, and in every later one, that this controller takes no more devices. Raises
+        StoreError; for this controller itself it holds from now on in any case.
 
         It spares a device the way here and back and is no more than that: whoever has not seen it yet may
         still assign, and is given back what it assigned.
         """
+        self._draining = True
         registered = self._registered
         if registered is None:
             return
         context = self._context
         key = context.keys.controller(context.name)
-        record = encode(replace(registered.record, draining=True))
+        record = replace(registered.record, draining=True)
+        self._registered = replace(registered, record=record)
         await context.kv.txn(
-            (unchanged(key, registered.revision),), (put(key, record, lease=registered.lease.id),)
+            (unchanged(key, registered.revision),), (put(key, encode(record), lease=registered.lease.id),)
         )
+
+    def admit(self) -> None:
+        """Say in later registrations that this controller takes devices again."""
+        self._draining = False
 
     async def end(self) -> None:
         """Revoke the session, after everything was released. The name is free at once."""
@@ -160,11 +178,12 @@ class Session:
 
     def _journalled(self, lease: LeaseId) -> Controller:
         record = self._build(lease)
+        record = replace(record, draining=record.draining or self._draining)
         self._context.journal.begin_session(record.instance, lease)
         return record
 
     def _renewed(self, registered: Registered[Controller], deadline: int) -> None:
-        if self._registered is registered:
+        if self._registered is not None and self._registered.lease is registered.lease:
             self._context.gate.set_session(deadline)
 
 
@@ -179,8 +198,9 @@ async def refuse_strangers(context: Context) -> None:
         return
     try:
         instance = decode(Controller, found).value.instance
-    except Unreadable as error:
-        raise NameTaken(key, f"unknown ({error.reason})", lease_id(found.lease)) from error
+    except Unreadable:
+        # Nobody's registration. It is told and waited for when this one registers.
+        return
     if not context.journal.knows(instance):
         raise NameTaken(key, instance, lease_id(found.lease))
 

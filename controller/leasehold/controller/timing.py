@@ -15,11 +15,9 @@ controllers apart where the device itself can not.
 
 from dataclasses import dataclass
 
+from leasehold.store.leases import LEAST_TTL, LONGEST_TTL
 from leasehold.store.records import TakeoverPolicy, UnreleasedEpoch
 
-LEAST_TTL = 2
-"""What etcd grants at least; the margin of 1 s then leaves room for two renewals and no more."""
-LONGEST_TTL = 600
 RENEWALS_PER_TTL = 4
 MARGIN_SHARE = 0.2
 LEAST_MARGIN = 1.0

@@ -3,7 +3,8 @@
 A call must not wait for a coordinator that is stopped, cut off or gone: nothing would come, no status either,
 and behind it a client's access runs out. So as long as calls are under way the coordinator is asked for its
 health, and all of them are cut when it does not answer in time, or is registered no more. It is asked by a
-call and not by HTTP/2 pings, which are answered below its event loop.
+call and not by HTTP/2 pings, which are answered below its event loop; and over a connection of its own, since
+on that of the calls it would wait with them when there are as many as the coordinator takes.
 
 Closing a channel ends its calls too, but by a cancellation that can not be told from that of the client.
 """
@@ -12,10 +13,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Generator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc
-import grpc.aio
+from leasehold.runtime.channels import Channels, silence
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ PATIENCE = 1.5
 """Seconds in which one is to be answered. With the beat it is a quarter of the default access TTL: the rest
 is left to get elsewhere."""
 
-_HEALTH = "/grpc.health.v1.Health/Check"
-
 
 class CutOff(Exception):
     """The call is over without an answer. The message says what became of the coordinator."""
@@ -37,9 +35,10 @@ class CutOff(Exception):
 class Upstream:
     """See the module. `silent` while it does not answer."""
 
-    def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, endpoint: str, channels: Channels) -> None:
         self.endpoint = endpoint
-        self.channel = channel
+        self.channel = channels.open(endpoint)
+        self._health = channels.open(endpoint, shared=False)
         self.silent = False
         self._calls = 0
         self._busy = asyncio.Event()
@@ -65,11 +64,12 @@ class Upstream:
                 self._idle.set()
 
     async def leave(self) -> None:
-        """Cut every call, and close the channel once they are over. The coordinator is registered no more."""
+        """Cut every call, and close the channels once they are over. It is registered no more."""
         self._beating.cancel()
         await asyncio.wait({self._beating})
         self._cut.set_result(self._told("is registered no more"))
         await self._idle.wait()
+        await self._health.close()
         await self.channel.close()
 
     def _cut_all(self, why: str) -> None:
@@ -80,27 +80,17 @@ class Upstream:
         return f"coordinator {self.endpoint} {why}: ask again with the same id"
 
     async def _beat(self) -> None:
-        check: Any = self.channel.unary_unary(_HEALTH)
         while True:
             if not self.silent:
                 await self._busy.wait()
             await asyncio.sleep(BEAT)
-            if await _alive(check(b"", timeout=PATIENCE)):
+            if await silence(self._health, PATIENCE) is None:
                 self.silent = False
                 continue
             if not self.silent:
                 _log.warning("coordinator %s does not answer; its calls go elsewhere", self.endpoint)
             self.silent = True
             self._cut_all("does not answer")
-
-
-async def _alive(check: Awaitable[bytes]) -> bool:
-    """Whether `check` was answered, be it by an error that only a live server can give."""
-    try:
-        await check
-    except grpc.aio.AioRpcError as error:
-        return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    return True
 
 
 async def answered(answer: Awaitable[T], cut: "asyncio.Future[str]") -> T:

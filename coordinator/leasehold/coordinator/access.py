@@ -14,7 +14,7 @@ from leasehold.coordinator.desk import Desk, asked
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import access_status
-from leasehold.coordinator.paging import page
+from leasehold.coordinator.paging import moment_of, page_size
 from leasehold.coordinator.peers import Peers
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.sessions import ClientSession
@@ -122,23 +122,14 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
         async def handle() -> access_pb2.ListAccessResponse:
             if request.device:
                 check_id("device", request.device)
-            now = await self._reader.everything()
-            found = [
-                stored
-                for stored in now.requests.values()
-                if (request.ended or not stored.value.state.over)
-                and request.device in ("", stored.value.device)
-            ]
-            found.sort(key=lambda stored: stored.create_revision)
-            chosen, token = page(
-                found, lambda stored: f"{stored.create_revision:020d}", request.page_size, request.page_token
-            )
+            most, after = page_size(request.page_size), moment_of(request.page_token)
+            with self._admission.reading():
+                found, following = await self._reader.requests(
+                    request.device, ended=request.ended, after=after, most=most
+                )
             return access_pb2.ListAccessResponse(
-                statuses=[
-                    access_status(now.view(stored.value.device), stored, self._leases.ttl)
-                    for stored in chosen
-                ],
-                next_page_token=token,
+                statuses=[access_status(view, stored, self._leases.ttl) for stored, view in found],
+                next_page_token=str(following) if following else "",
             )
 
         return await answering(context, handle)

@@ -1,4 +1,5 @@
-"""Who is let in. New requests are bounded in number, at one moment and per second; nothing else is.
+"""Who is let in. New requests are bounded in number, at one moment and per second, and lists at one moment;
+nothing else is.
 
 What keeps an access alive or ends it, and what controllers write, must not wait behind requests. So few of
 them are written at one moment, few more wait for that, and one that is too much is refused at once, which
@@ -57,6 +58,8 @@ class Admission:
         self._cluster = cluster
         self._taken = Leak(limits.rate, clock)
         self._refused = Leak(limits.rate, clock)
+        self._lists = 0
+        self._refused_lists = Leak(limits.rate, clock)
         self._arrived: Counter[DeviceId] = Counter()
         self._writing = asyncio.Semaphore(limits.admissions)
         self._streams: Counter[str] = Counter()
@@ -94,6 +97,19 @@ class Admission:
             raise self._exhausted("TOO_FAST", "new requests per second", "rate", SOON)
 
     @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A page of a list is being read while this is entered. Raises `Exhausted`."""
+        if self._lists >= self.limits.lists:
+            raise self._exhausted(
+                "TOO_MANY_LISTS", "lists at one moment", "lists", SHORTLY, refused=self._refused_lists
+            )
+        self._lists += 1
+        try:
+            yield
+        finally:
+            self._lists -= 1
+
+    @contextmanager
     def stream(self, peer: str) -> Iterator[None]:
         """A stream of the connection `peer` is open while this is entered, dropped or not."""
         self._streams[peer] += 1
@@ -116,13 +132,22 @@ class Admission:
             raise self._exhausted("TOO_MANY_STREAMS", "streams", "streams", LATER, times)
 
     def _exhausted(
-        self, reason: str, what: str, limit: str, soonest: float, times: int = 1, **about: str
+        self,
+        reason: str,
+        what: str,
+        limit: str,
+        soonest: float,
+        times: int = 1,
+        *,
+        refused: Leak | None = None,
+        **about: str,
     ) -> Exhausted:
-        retry_after = min(soonest + self._refused.level / self.limits.rate, LATEST)
-        self._refused.add()
+        refused = refused or self._refused
+        retry_after = min(soonest + refused.level / self.limits.rate, LATEST)
+        refused.add()
         value = times * getattr(self.limits, limit)
         message = (
-            f"this coordinator takes {value:g} {what} and no more: ask again with the same id in"
+            f"this coordinator takes {value:g} {what} and no more: ask for the same again in"
             f" {retry_after:.1f} s; see limits.{limit}"
         )
         return Exhausted(reason, message, retry_after, limit=limit, **about)

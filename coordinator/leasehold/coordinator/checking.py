@@ -33,7 +33,7 @@ from leasehold.v1 import checks_pb2, checks_pb2_grpc, records_pb2
 _log = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Seconds that a controller may take. Clients give a coordinator 3 s before they ask another one."""
+"""Seconds that controllers may take, all of them. Clients give a coordinator 3 s before they ask another."""
 AT_ONCE = 64
 """How many controllers are asked at the same time."""
 SHOWN = 6
@@ -79,10 +79,18 @@ class Checker:
 
     async def _ask_all(self, spec: Device, controllers: Sequence[Controller]) -> list[str]:
         limit = asyncio.Semaphore(AT_ONCE)
+        end = asyncio.get_running_loop().time() + PATIENCE
 
         async def limited(controller: Controller) -> str:
-            async with limit:
-                return await self._ask(spec, controller)
+            try:
+                async with asyncio.timeout_at(end):
+                    await limit.acquire()
+            except TimeoutError:
+                return f"it was not asked: others did not answer within {PATIENCE:g} s"
+            try:
+                return await self._ask(spec, controller, max(end - asyncio.get_running_loop().time(), 0.0))
+            finally:
+                limit.release()
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -91,8 +99,8 @@ class Checker:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, spec: Device, controller: Controller) -> str:
-        """Why `controller` could not serve the device, empty if it could.
+    async def _ask(self, spec: Device, controller: Controller, left: float) -> str:
+        """Why `controller` could not serve the device, empty if it could. `left` is in seconds.
 
         Raises `ApiError` if nobody could: the driver can not use a parameter.
         """
@@ -103,7 +111,7 @@ class Checker:
             async with self._peers.channel(controller) as channel:
                 stub = checks_pb2_grpc.CheckServiceStub(channel)
                 answer: checks_pb2.CheckDeviceResponse = await stub.CheckDevice(  # type: ignore[misc]
-                    request, timeout=PATIENCE
+                    request, timeout=left
                 )
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -12,7 +12,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.clock import boottime_ns
+from leasehold.store.clock import NANOSECONDS, boottime_ns
 from leasehold.store.codec import Stored, Unreadable, decode
 from leasehold.store.connection import Connection
 from leasehold.store.keys import Keys
@@ -37,11 +37,10 @@ from leasehold.store.records import (
     RequestState,
     check_id,
 )
+from leasehold.store.requests import turn
 from leasehold.store.watch import Batch, Gap, follow
 
 _log = logging.getLogger(__name__)
-
-_SECOND = 1_000_000_000
 
 _TOP: dict[str, type[Any]] = {
     "devices": Device,
@@ -111,6 +110,7 @@ class Cluster:
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
+        self._arrived: dict[str, int] = {}
         self._views: dict[DeviceId, DeviceView] = {}
 
     # What it shows.
@@ -142,6 +142,11 @@ class Cluster:
         named = {DeviceId(name) for kind in kinds for name in self._top[kind]}
         return named | {device for kind in self._nested.values() for device, under in kind.items() if under}
 
+    def failures(self, controller: ControllerId) -> list[Availability]:
+        """What has lately kept a controller from serving devices, by device."""
+        known = self._nested["availability"]
+        return [known[device][controller].value for device in sorted(known) if controller in known[device]]
+
     @property
     def prefixes(self) -> tuple[str, ...]:
         """Where everything stands that it shows."""
@@ -150,6 +155,15 @@ class Cluster:
     def waiting(self, device: DeviceId) -> int:
         """How many wait for a device."""
         return len(self._nested["queue"].get(device, ()))
+
+    def waited(self, request: RequestId) -> float:
+        """Seconds for which it has been seen to wait here; 0 if it does not wait.
+
+        Every coordinator counts, by its own clock, so that what a request has waited is not forgotten when
+        another one comes to plan its device. It is never too much.
+        """
+        arrived = self._arrived.get(request)
+        return 0.0 if arrived is None else (self._clock() - arrived) / NANOSECONDS
 
     def state(self, device: DeviceId) -> DeviceState:
         """The control of a device, as the ownership transactions want it."""
@@ -194,11 +208,13 @@ class Cluster:
         if device not in self._rested:
             return {}
         now = self._clock()
-        return {name: (until - now) / _SECOND for name, until in self._rested[device].items() if until > now}
+        return {
+            name: (until - now) / NANOSECONDS for name, until in self._rested[device].items() if until > now
+        }
 
     def _queue(self, device: DeviceId) -> Iterator[Waiting]:
         entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
-        ordered = sorted(entries.values(), key=lambda item: (-item.value.priority, item.create_revision))
+        ordered = sorted(entries.values(), key=turn)
         for entry in ordered:
             stored = self.requests.get(entry.value.request)
             if stored is None or stored.value.device != device:
@@ -241,11 +257,12 @@ class Cluster:
 
         How long ago a failure was that was not seen happen nobody knows: who failed is tried again.
         """
-        rested = self._rested
+        rested, arrived = self._rested, self._arrived
         self._clear()
         for item in snapshot.items:
             self._apply(item.key, item)
         self._rested = {device: known for device, known in rested.items() if device in self._rested}
+        self._arrived = {name: arrived.get(name, now) for name, now in self._arrived.items()}
         self.revision = snapshot.revision
 
     def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
@@ -260,6 +277,10 @@ class Cluster:
             return self._apply_top(kind, rest, key, kv)
         device = DeviceId(parts[0])
         stored = self._put(self._nested[kind][device], kind, parts[1], key, kv)
+        if kind == "queue" and stored is None:
+            self._arrived.pop(parts[1], None)
+        elif kind == "queue":
+            self._arrived.setdefault(parts[1], self._clock())
         if kind == "availability":
             self._let_rest(device, ControllerId(parts[1]), stored)
         return device
@@ -286,7 +307,7 @@ class Cluster:
             return
         doubled = min(max(failed.value.failures, 1) - 1, 10)
         rest = min(FIRST_REST * 2**doubled, LONGEST_REST)
-        self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * _SECOND)
+        self._rested.setdefault(device, {})[controller] = self._clock() + int(rest * NANOSECONDS)
 
     def _apply_top(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
         records = self._top[kind]

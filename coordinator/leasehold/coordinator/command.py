@@ -24,7 +24,7 @@ from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
-from leasehold.runtime.session import NameTaken, Registered, SessionLost, register
+from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
 from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
@@ -108,12 +108,16 @@ async def _serve(config: CoordinatorConfig) -> None:
         access_pb2_grpc.add_AccessServiceServicer_to_server(
             AccessService(cluster, ledger, leases, peers, admission), add
         )
-        devices_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(cluster, ledger, checker), add)
-        controllers_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerService(cluster, ledger), add)
-        controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-            CoordinatorService(cluster, ledger), add
+        devices_pb2_grpc.add_DeviceServiceServicer_to_server(
+            DeviceService(cluster, ledger, checker, admission), add
         )
-        history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(cluster, ledger), add)
+        controllers_pb2_grpc.add_ControllerServiceServicer_to_server(
+            ControllerService(ledger, admission), add
+        )
+        controllers_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+            CoordinatorService(ledger, admission), add
+        )
+        history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(ledger, admission), add)
         registration = _Registration(config, ledger.kv, keeper)
         try:
             async with asyncio.TaskGroup() as group:
@@ -160,6 +164,9 @@ class _Registration:
                 _log.warning("waiting for it to be gone: %s", error)
             except (Unavailable, OutcomeUnknown, SessionLost) as error:
                 _log.warning("not registered yet: %s", error)
+            except NameSpoiled as spoiled:
+                await changed(self._kv, spoiled)
+                continue
             else:
                 return
             await asyncio.sleep(RETRY)

@@ -7,11 +7,8 @@ from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening
 from leasehold.runtime.tls import TlsSettings
 from leasehold.store.keys import Keys
+from leasehold.store.leases import LEAST_TTL, LONGEST_TTL
 from leasehold.store.records import CoordinatorId, check_id
-
-LEAST_TTL = 2
-"""Seconds; what etcd grants at least."""
-LONGEST_TTL = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.placement import can_ever_serve
 from leasehold.coordinator.planner import Assign, Direct, Give, plan
+from leasehold.coordinator.reading import no_request
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.api import ApiError, require
 from leasehold.store import requests
@@ -170,12 +171,7 @@ class Desk:
         """A request as it stands, by a linearizable read. Raises `ApiError` if there is none."""
         found: KeyValue | None = await self._ledger.kv.get(self._ledger.keys.request(request))
         if found is None:
-            raise ApiError(
-                grpc.StatusCode.NOT_FOUND,
-                "NO_SUCH_REQUEST",
-                f"there is no request {request}; those that are over are kept for a day",
-                request=request,
-            )
+            raise no_request(request)
         return decode(AccessRequest, found)
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import grpc
 
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import Cluster, Subscription
 from leasehold.coordinator.confirming import Confirming, Word, operator
 from leasehold.coordinator.desk import no_device
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import candidates, device_status
-from leasehold.coordinator.paging import page
+from leasehold.coordinator.paging import page_size, place_of, token_of
 from leasehold.coordinator.placement import refusal
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.specs import Specs, checked_spec
@@ -35,8 +36,9 @@ MOST_MOVES = 3
 class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
     """See `leasehold.v1.DeviceService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, checker: Checker) -> None:
+    def __init__(self, cluster: Cluster, ledger: Ledger, checker: Checker, admission: Admission) -> None:
         self._cluster = cluster
+        self._admission = admission
         self._ledger = ledger
         self._reader = Reader(ledger.kv, cluster)
         self._specs = Specs(ledger, self._reader, checker)
@@ -63,12 +65,13 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
 
     async def ListDevices(self, request: devices_pb2.ListDevicesRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> devices_pb2.ListDevicesResponse:
-            now = await self._reader.everything()
-            chosen, token = page(
-                sorted(now.known_devices), lambda device: device, request.page_size, request.page_token
+            most, after = page_size(request.page_size), place_of(request.page_token)
+            with self._admission.reading():
+                names, following = await self._reader.device_names(after, most)
+                views = await self._reader.devices(names)
+            return devices_pb2.ListDevicesResponse(
+                statuses=map(device_status, views), next_page_token=token_of(following)
             )
-            statuses = [device_status(now.view(device)) for device in chosen]
-            return devices_pb2.ListDevicesResponse(statuses=statuses, next_page_token=token)
 
         return await answering(context, handle)
 

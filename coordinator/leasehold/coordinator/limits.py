@@ -18,7 +18,8 @@ clients on over one."""
 class Limits:
     """The `[limits]` table. Whatever is beyond them is refused with RESOURCE_EXHAUSTED and when to try again.
 
-    Only new requests and their streams are ever refused. Raises ValueError for what does not go together.
+    Only new requests, their streams, and lists are ever refused. Raises ValueError for what does not go
+    together.
     """
 
     requests: int = 10_000
@@ -38,6 +39,11 @@ class Limits:
     """Open streams of RequestAccess."""
     streams_per_connection: int = 1_000
     """Of them, on one connection."""
+    lists: int = 8
+    """Pages of lists, the history's too, that are read at one moment. A page may be of a thousand entries."""
+    connections: int = 5_000
+    """Connections that are open; of one more the client hears nothing but its end, and goes elsewhere. A
+    client has one, a controller two: for the calls that it passes on, and to ask whether to go on."""
     message_bytes: int = MAX_MESSAGE
     """The largest message that is taken."""
     stall_seconds: float = STALL
@@ -64,4 +70,4 @@ class Limits:
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.message_bytes, RETURNING * self.streams_per_connection + CALLS)
+        return Bounds(self.message_bytes, RETURNING * self.streams_per_connection + CALLS, self.connections)

@@ -1,17 +1,16 @@
 """ControllerService, CoordinatorService and HistoryService: what can only be looked at."""
 
 import logging
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, cast
 
-from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.admission import Admission
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.paging import page
-from leasehold.coordinator.reading import Reader
 from leasehold.runtime.api import answering
 from leasehold.store.codec import Unreadable, decode, to_message
-from leasehold.store.kv import KeyValue
-from leasehold.store.records import ControlChange, ControllerId, Coordinator, DeviceId, check_id
+from leasehold.store.kv import MAX_OPERATIONS, KeyValue, get, get_prefix
+from leasehold.store.records import ControlChange, Controller, ControllerId, Coordinator, DeviceId, check_id
 from leasehold.v1 import (
     controllers_pb2,
     controllers_pb2_grpc,
@@ -23,57 +22,80 @@ from leasehold.v1 import (
 _log = logging.getLogger(__name__)
 
 
+TOGETHER = MAX_OPERATIONS // 2
+"""Controllers that are read in one transaction, each with what it holds."""
+
+
 class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
     """See `leasehold.v1.ControllerService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
-        self._reader = Reader(ledger.kv, cluster)
+    def __init__(self, ledger: Ledger, admission: Admission) -> None:
+        self._keys = ledger.keys
+        self._kv = ledger.kv
+        self._cluster = ledger.cluster
+        self._admission = admission
 
     async def ListControllers(  # noqa: N802
         self, request: controllers_pb2.ListControllersRequest, context: Any
     ) -> Any:
         async def handle() -> controllers_pb2.ListControllersResponse:
-            now = await self._reader.everything()
-            held: dict[ControllerId, list[str]] = defaultdict(list)
-            for device in sorted(now.known_devices):
-                holder = now.state(device).holder
-                if holder:
-                    held[holder.value.controller].append(device)
-            failures = defaultdict(list)
-            for device in sorted(now.known_devices):
-                for name, lately in now.view(device).availability.items():
-                    failures[name].append(cast("records_pb2.Availability", to_message(lately)))
-            chosen, token = page(
-                sorted(now.controllers), lambda name: name, request.page_size, request.page_token
-            )
-            statuses = [
-                controllers_pb2.ControllerStatus(
-                    controller=cast("records_pb2.Controller", to_message(now.controllers[name].value)),
-                    devices=held[name],
-                    failures=failures[name],
-                )
-                for name in chosen
-            ]
-            return controllers_pb2.ListControllersResponse(statuses=statuses, next_page_token=token)
+            with self._admission.reading():
+                found = await page(self._kv, self._keys.controllers, request.page_size, request.page_token)
+                names = [ControllerId(item.key.removeprefix(self._keys.controllers)) for item in found.items]
+                statuses = []
+                for start in range(0, len(names), TOGETHER):
+                    statuses += await self._statuses(names[start : start + TOGETHER])
+            return controllers_pb2.ListControllersResponse(statuses=statuses, next_page_token=found.token)
 
         return await answering(context, handle)
+
+    async def _statuses(self, names: Sequence[ControllerId]) -> list[controllers_pb2.ControllerStatus]:
+        """The registrations of those that still are, and what they hold, at one revision."""
+        keys = self._keys
+        reads = [
+            read
+            for name in names
+            for read in (get(keys.controller(name)), get_prefix(keys.assignments(name), keys_only=True))
+        ]
+        _, ranges = await self._kv.read(*reads)
+        statuses = []
+        for name, items, assigned in zip(names, ranges[::2], ranges[1::2], strict=True):
+            if not items:
+                continue
+            try:
+                record = decode(Controller, items[0]).value
+            except Unreadable as error:
+                _log.error("it is not listed: %s", error)
+                continue
+            statuses.append(
+                controllers_pb2.ControllerStatus(
+                    controller=cast("records_pb2.Controller", to_message(record)),
+                    devices=[item.key.removeprefix(keys.assignments(name)) for item in assigned],
+                    failures=[
+                        cast("records_pb2.Availability", to_message(lately))
+                        for lately in self._cluster.failures(name)
+                    ],
+                )
+            )
+        return statuses
 
 
 class CoordinatorService(controllers_pb2_grpc.CoordinatorServiceServicer):
     """See `leasehold.v1.CoordinatorService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
-        self._keys = cluster.keys
+    def __init__(self, ledger: Ledger, admission: Admission) -> None:
+        self._keys = ledger.keys
         self._kv = ledger.kv
+        self._admission = admission
 
     async def ListCoordinators(  # noqa: N802
         self, request: controllers_pb2.ListCoordinatorsRequest, context: Any
     ) -> Any:
         async def handle() -> controllers_pb2.ListCoordinatorsResponse:
-            snapshot = await self._kv.get_prefix(self._keys.coordinators)
-            chosen, token = page(snapshot.items, lambda item: item.key, request.page_size, request.page_token)
+            with self._admission.reading():
+                found = await page(self._kv, self._keys.coordinators, request.page_size, request.page_token)
             return controllers_pb2.ListCoordinatorsResponse(
-                coordinators=[_coordinator(item) for item in chosen], next_page_token=token
+                coordinators=map(_coordinator, found.items), next_page_token=found.token
             )
 
         return await answering(context, handle)
@@ -91,9 +113,10 @@ def _coordinator(item: KeyValue) -> records_pb2.Coordinator:
 class HistoryService(history_pb2_grpc.HistoryServiceServicer):
     """See `leasehold.v1.HistoryService`."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger) -> None:
-        self._keys = cluster.keys
+    def __init__(self, ledger: Ledger, admission: Admission) -> None:
+        self._keys = ledger.keys
         self._kv = ledger.kv
+        self._admission = admission
 
     async def ListControlChanges(  # noqa: N802
         self, request: history_pb2.ListControlChangesRequest, context: Any
@@ -104,12 +127,16 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
                 prefix = self._keys.history(DeviceId(request.device))
             else:
                 prefix = self._keys.all_history
-            snapshot = await self._kv.get_prefix(prefix)
-            later = [item for item in snapshot.items if item.mod_revision > request.after_revision]
-            chosen, token = page(later, lambda item: item.key, request.page_size, request.page_token)
-            changes = [recorded(item) for item in chosen]
+            with self._admission.reading():
+                found = await page(
+                    self._kv,
+                    prefix,
+                    request.page_size,
+                    request.page_token,
+                    changed_after=request.after_revision,
+                )
             return history_pb2.ListControlChangesResponse(
-                changes=changes, next_page_token=token, revision=snapshot.revision
+                changes=map(recorded, found.items), next_page_token=found.token, revision=found.revision
             )
 
         return await answering(context, handle)

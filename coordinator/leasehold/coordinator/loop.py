@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 RETRY = 0.5
 """Seconds after which a device is looked at again when etcd refused or failed a transaction: by then whatever
 the refusal was about has long come by, so this only matters when nothing changes."""
+EARLY = 0.01
+"""Seconds by which a timer may run off before its time."""
 AT_A_TIME = 100
 """Devices glanced at before others have their turn, when all of them are to be looked at."""
 PAUSE = 10.0
@@ -51,8 +53,8 @@ class Loop:
         self._wake = asyncio.Event()
         self._homes: tuple[CoordinatorId, ...] = ()
         self._home_of: dict[DeviceId, bool] = {}
-        self._seen: dict[DeviceId, dict[RequestId, float]] = {}
-        """Since when, on the loop's clock, each waiting request with a limit is known here."""
+        self._timed: dict[DeviceId, dict[RequestId, float]] = {}
+        """When, on the loop's clock, the timer of each waiting request with a limit runs off."""
         self._alarmed: dict[DeviceId, str] = {}
 
     def look(self, devices: frozenset[DeviceId] | None) -> None:
@@ -92,7 +94,7 @@ class Loop:
         view = self._cluster.view(device)
         self._note(view)
         if not view.queue:
-            self._seen.pop(device, None)
+            self._timed.pop(device, None)
         return bool(view.queue or view.state.grants)
 
     async def _guarded(self, device: DeviceId) -> None:
@@ -194,14 +196,18 @@ class Loop:
     def _expired(self, view: DeviceView) -> Waiting | None:
         """The first request that waits longer than it was willing to; the others are given a timer."""
         now = asyncio.get_running_loop().time()
-        before = self._seen.get(view.device, {})
         limited = {waiting.request.request: waiting for waiting in view.queue if waiting.request.wait_seconds}
-        self._seen[view.device] = since = {request: before.get(request, now) for request in limited}
+        before = self._timed.get(view.device, {})
+        # A timer may run off a little early, and then is set again.
+        timed = {request: due for request, due in before.items() if request in limited and due > now + EARLY}
+        self._timed[view.device] = timed
         for request, waiting in limited.items():
-            if now >= since[request] + waiting.request.wait_seconds:
+            left = waiting.request.wait_seconds - self._cluster.waited(request)
+            if left <= 0:
                 return waiting
-            if request not in before:
-                self._later(view.device, waiting.request.wait_seconds)
+            if request not in timed:
+                timed[request] = now + left
+                self._later(view.device, left)
         return None
 
     async def _refuse(self, waiting: Waiting, outcome: RequestState, reason: str) -> None:

@@ -26,7 +26,7 @@ from typing import TypeAlias
 from leasehold.coordinator.placement import can_ever_serve, fence_unavailable, hindrance, place, refusal
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState, UnreleasedEpoch
-from leasehold.store.requests import MOST_TOGETHER
+from leasehold.store.requests import MOST_TOGETHER, why_anew
 
 NAMED = 3
 """Clients that a reason names. Of many it tells the number."""
@@ -176,7 +176,7 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
     for waiting in view.queue:
         wanted = waiting.request.controller or (holder.controller if serving else ControllerId(""))
         if wanted == holder.controller and serving:
-            if not (anew := _why_anew(holder, waiting)):
+            if not (anew := why_anew(holder, waiting.request.mode)):
                 return Give(f"{holder.controller} serves it already", waiting)
             reason = f"{holder.controller} begins a new epoch: {anew}"
             return Direct(reason, view.controllers[holder.controller], waiting)
@@ -226,16 +226,6 @@ def _use(view: DeviceView, holder: Holder) -> str:
             return f"it is shared through {where} by {len(grants)}: {who}"
         case AccessMode.READ_ONLY:
             return f"it is read through {where} by {len(grants)}: {who}"
-
-
-def _why_anew(holder: Holder, waiting: Waiting) -> str:
-    """Why the path that is there is not good for the request; empty if it is."""
-    if waiting.request.mode.read_only != holder.read_only:
-        return "it was served for reading only" if holder.read_only else "it is to be served for reading only"
-    # Nobody can harm a reader by reading.
-    if holder.path_exposed and not holder.read_only:
-        return "an earlier client may still know the path"
-    return ""
 
 
 def _many(mode: AccessMode) -> str:

@@ -1,16 +1,37 @@
-"""Reads that are never stale: what etcd's quorum says, or nothing."""
+"""Reads that are never stale: what etcd's quorum says, or nothing.
 
+What is told of devices and requests comes from etcd. The mirror only says where to look, and what decisions
+about them look at besides.
+"""
+
+import heapq
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
+from typing import TypeVar
 
 import grpc
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError
-from leasehold.store.codec import Stored, decode
-from leasehold.store.kv import Get, KeyValue, Kv, Snapshot, get, get_prefix
+from leasehold.store.codec import Stored, Unreadable, decode
+from leasehold.store.kv import MAX_OPERATIONS, Get, KeyValue, Kv, get, get_prefix
 from leasehold.store.ownership import device_reads, device_state
-from leasehold.store.records import AccessRequest, DeviceId, QueueEntry, RequestId
+from leasehold.store.records import AccessRequest, DeviceId, InvalidId, QueueEntry, RequestId, check_id
+from leasehold.store.requests import turn
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+TOGETHER = 20
+"""Requests of one device that are read in one transaction, with the device itself."""
+AT_ONCE = 5
+"""Devices with so many requests that are read in one transaction. etcd takes no more."""
+READS = 5
+"""Ranges that one device takes."""
 
 
 class Reader:
@@ -24,51 +45,154 @@ class Reader:
         """A request and its device at one revision. Raises `ApiError` if there is none."""
         known = self._cluster.requests.get(request)
         device = known.value.device if known else await self._device_of(request)
-        key = self._cluster.keys.request(request)
-        view, rest = await self._read(device, get(key))
-        if not rest[0]:
-            raise _none(request)
-        return decode(AccessRequest, rest[0][0]), view
+        found = await self._together([(device, (request,))])
+        if not found:
+            raise no_request(request)
+        return found[0]
+
+    async def requests(
+        self, device: str, *, ended: bool, after: int, most: int
+    ) -> tuple[list[tuple[Stored[AccessRequest], DeviceView]], int]:
+        """At most `most` requests that arrived after the revision `after`, in the order of their arrival,
+        each with its device as in `request`; and the `after` of the next, 0 if there are no more. Those for
+        one device, or for any if that is empty; `ended` ones too.
+        """
+        late = await self._later_than_mirrored()
+        mirrored = (stored for name, stored in self._cluster.requests.items() if name not in late)
+        wanted = (
+            stored
+            for stored in chain(mirrored, late.values())
+            if stored.create_revision > after
+            and device in ("", stored.value.device)
+            and (ended or not stored.value.state.over)
+        )
+        found = heapq.nsmallest(most + 1, wanted, key=lambda stored: stored.create_revision)
+        chosen = found[:most]
+        asked: dict[DeviceId, list[RequestId]] = {}
+        for stored in chosen:
+            asked.setdefault(stored.value.device, []).append(stored.value.request)
+        groups = [(name, some) for name, names in asked.items() for some in _batches(names, TOGETHER)]
+        read = [
+            (stored, view)
+            for batch in _batches(groups, AT_ONCE)
+            for stored, view in await self._together(batch)
+            if ended or not stored.value.state.over
+        ]
+        read.sort(key=lambda item: item[0].create_revision)
+        return read, chosen[-1].create_revision if len(found) > most else 0
 
     async def device(self, device: DeviceId) -> DeviceView:
         """A device at one revision."""
-        view, _ = await self._read(device)
+        (view,) = await self.devices((device,))
         return view
 
-    async def everything(self) -> Cluster:
-        """All records but the history, as a mirror that stands still at one revision."""
-        revision, ranges = await self._kv.read(*(get_prefix(prefix) for prefix in self._cluster.prefixes))
-        items = tuple(item for found in ranges for item in found)
-        still = Cluster(self._cluster.keys)
-        still.load(Snapshot(revision, items))
-        return still
+    async def devices(self, devices: Iterable[DeviceId]) -> list[DeviceView]:
+        """Each of these devices at one revision, which need not be the same for all."""
+        views = []
+        for some in _batches(devices, MAX_OPERATIONS // READS):
+            revision, ranges = await self._kv.read(*chain.from_iterable(map(self._reads, some)))
+            of_each = _batches(ranges, READS)
+            views += [self._view(*pair, revision) for pair in zip(some, of_each, strict=True)]
+        return views
 
-    async def _read(
-        self, device: DeviceId, *more: Get
-    ) -> tuple[DeviceView, tuple[tuple[KeyValue, ...], ...]]:
+    async def device_names(self, after: str, most: int) -> tuple[list[DeviceId], str]:
+        """At most `most` devices that anything is recorded about and whose names follow `after`, in the order
+        of names; and the `after` of the next, empty if there are no more.
+        """
         keys = self._cluster.keys
-        reads = device_reads(keys, device)
-        revision, ranges = await self._kv.read(*reads, get_prefix(keys.queue(device)), *more)
+        prefixes = (keys.devices, keys.epochs, keys.holders)
+        reads = (
+            get_prefix(prefix, most + 1, after=f"{prefix}{after}", keys_only=True) for prefix in prefixes
+        )
+        _, ranges = await self._kv.read(*reads)
+        found = [
+            [item.key.removeprefix(prefix) for item in items]
+            for prefix, items in zip(prefixes, ranges, strict=True)
+        ]
+        names = sorted(set(chain.from_iterable(found)))
+        # Beyond the last of a kind that has more, there may be some of it that are not known yet.
+        horizon = min((some[-1] for some in found if len(some) > most), default="")
+        if horizon:
+            names = [name for name in names if name <= horizon]
+        chosen = names[:most]
+        more = bool(horizon) or len(names) > most
+        return [DeviceId(name) for name in chosen if _is_device(name)], chosen[-1] if more else ""
+
+    async def _together(
+        self, groups: Sequence[tuple[DeviceId, Sequence[RequestId]]]
+    ) -> list[tuple[Stored[AccessRequest], DeviceView]]:
+        """Requests with their devices, all at one revision. Those that are gone are left out."""
+        requests = self._cluster.keys.request
+        reads = [
+            read
+            for device, names in groups
+            for read in (*self._reads(device), *map(get, map(requests, names)))
+        ]
+        revision, ranges = await self._kv.read(*reads)
+        rest = iter(ranges)
+        found = []
+        for device, names in groups:
+            view = self._view(device, tuple(islice(rest, READS)), revision)
+            found += [(decode(AccessRequest, items[0]), view) for items in islice(rest, len(names)) if items]
+        return found
+
+    async def _later_than_mirrored(self) -> dict[RequestId, Stored[AccessRequest]]:
+        """The requests that changed after what the mirror shows."""
+        since = self._cluster.revision
+        _, (changed,) = await self._kv.read(get_prefix(self._cluster.keys.requests, changed_after=since))
+        late = {}
+        for item in changed:
+            try:
+                stored = decode(AccessRequest, item)
+            except Unreadable as error:
+                _log.error("it is not listed: %s", error)
+                continue
+            mirrored = self._cluster.requests.get(stored.value.request)
+            if mirrored is None or mirrored.mod_revision < stored.mod_revision:
+                late[stored.value.request] = stored
+        return late
+
+    def _reads(self, device: DeviceId) -> tuple[Get, ...]:
+        keys = self._cluster.keys
+        return (*device_reads(keys, device), get_prefix(keys.queue(device)))
+
+    def _view(self, device: DeviceId, ranges: tuple[tuple[KeyValue, ...], ...], revision: int) -> DeviceView:
+        """The device that `_reads` brought."""
         state = device_state(device, revision, ranges)
         mirrored = self._cluster.view(device)
-        queued = [decode(QueueEntry, item) for item in ranges[len(reads)]]
-        queued.sort(key=lambda entry: (-entry.value.priority, entry.create_revision))
+        try:
+            queued = sorted((decode(QueueEntry, item) for item in ranges[-1]), key=turn)
+        except Unreadable as error:
+            return replace(mirrored, state=replace(state, unreadable=str(error)), queue=())
         known = {waiting.request.request: waiting for waiting in mirrored.queue}
         queue = tuple(known[entry.value.request] for entry in queued if entry.value.request in known)
-        view = replace(mirrored, state=state, queue=queue)
-        return view, ranges[len(reads) + 1 :]
+        return replace(mirrored, state=state, queue=queue)
 
     async def _device_of(self, request: RequestId) -> DeviceId:
         found = await self._kv.get(self._cluster.keys.request(request))
         if found is None:
-            raise _none(request)
+            raise no_request(request)
         return decode(AccessRequest, found).value.device
 
 
-def _none(request: RequestId) -> ApiError:
+def no_request(request: RequestId) -> ApiError:
     return ApiError(
         grpc.StatusCode.NOT_FOUND,
         "NO_SUCH_REQUEST",
         f"there is no request {request}; those that are over are kept for a day",
         request=request,
     )
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    rest = iter(items)
+    while some := tuple(islice(rest, size)):
+        yield some
+
+
+def _is_device(name: str) -> bool:
+    try:
+        check_id("device", name)
+    except InvalidId:
+        return False
+    return True

@@ -32,6 +32,7 @@ from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError, require
 from leasehold.store.codec import Stored, decode, encode, from_message
 from leasehold.store.kv import Compare, absent, delete, empty, get, put, unchanged
+from leasehold.store.leases import LEAST_TTL, LONGEST_TTL
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import VERSION, Device, DeviceId, HolderState, check_id
 from leasehold.store.transaction import Applied, Transaction, new_change_id
@@ -39,8 +40,6 @@ from leasehold.v1 import records_pb2
 
 _log = logging.getLogger(__name__)
 
-LEAST_TTL = 2
-LONGEST_TTL = 600
 LONGEST_PARAMETER = 4096
 MOST_PARAMETERS = 64
 MOST_CONTROLLERS = 256

@@ -38,7 +38,9 @@ class AccessSpec(google.protobuf.message.Message):
     controller: builtins.str
     """The only controller it wants to be served by; empty means any."""
     wait_seconds: builtins.int
-    """How long it is willing to wait, in seconds; 0 means without limit."""
+    """How long it is willing to wait, in seconds; 0 means without limit. The coordinator that plans the device
+    counts from when it saw the request itself, so one that was started since lets it wait longer.
+    """
     def __init__(
         self,
         *,

@@ -28,7 +28,7 @@ class ControllerStatus(google.protobuf.message.Message):
 
     @property
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The devices it holds."""
+        """The devices that are assigned to it: those it holds."""
 
     @property
     def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Availability]:

@@ -314,6 +314,7 @@ class Controller(google.protobuf.message.Message):
     DRAIN_SECONDS_FIELD_NUMBER: builtins.int
     FENCES_FIELD_NUMBER: builtins.int
     SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
+    FENCER_LACKS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     controller: builtins.str
@@ -342,6 +343,10 @@ class Controller(google.protobuf.message.Message):
     def fences(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """How each of its drivers makes an earlier holder stop: "reservation", "shutdown", "gate" or "none"."""
 
+    @property
+    def fencer_lacks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What its fencer would need to be sure to act in time, and has not, in words for a person."""
+
     def __init__(
         self,
         *,
@@ -357,8 +362,9 @@ class Controller(google.protobuf.message.Message):
         drain_seconds: builtins.int = ...,
         fences: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         session_ttl_seconds: builtins.int = ...,
+        fencer_lacks: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fences", b"fences", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "fences", b"fences", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 

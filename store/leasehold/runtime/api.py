@@ -125,7 +125,7 @@ async def answering(
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the edge: every error becomes an answer
-        await ApiError.of(error).abort(context)
+        await _end(context, ApiError.of(error))
 
 
 async def streaming(
@@ -176,7 +176,7 @@ class CanNotListen(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a server takes from one connection.
+    """What a server takes, from one connection but for their number.
 
     Calls beyond `calls` at a time wait in the client, unseen: it is for what ill will does, and high enough
     that what is refused with a reason is refused before.
@@ -184,12 +184,15 @@ class Bounds:
 
     message_bytes: int = MAX_MESSAGE
     calls: int = 2_500
+    connections: int = 5_000
+    """Connections that the whole server takes; gRPC closes any more as they come."""
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
         return (
             ("grpc.max_receive_message_length", self.message_bytes),
             ("grpc.max_concurrent_streams", self.calls),
+            ("grpc.max_allowed_incoming_connections", self.connections),
         )
 
 

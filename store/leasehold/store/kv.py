@@ -86,14 +86,18 @@ class Put:
 @dataclass(frozen=True, slots=True)
 class Delete:
     key: str
-    prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Get:
+    """See `get` and `get_prefix`."""
+
     key: str
     prefix: bool = False
     limit: int = 0
+    after: str = ""
+    changed_after: int = 0
+    keys_only: bool = False
 
 
 Operation: TypeAlias = Put | Delete | Get
@@ -156,17 +160,19 @@ def delete(key: str) -> Delete:
     return Delete(key)
 
 
-def delete_prefix(prefix: str) -> Delete:
-    return Delete(_checked(prefix), prefix=True)
-
-
 def get(key: str) -> Get:
     return Get(key)
 
 
-def get_prefix(prefix: str, limit: int = 0) -> Get:
-    """All keys under `prefix`, or the first `limit`, in key order."""
-    return Get(_checked(prefix), prefix=True, limit=limit)
+def get_prefix(
+    prefix: str, limit: int = 0, *, after: str = "", changed_after: int = 0, keys_only: bool = False
+) -> Get:
+    """All keys under `prefix`, or the first `limit`, in key order; with `after` those that follow this key of
+    them, be it there or not, with `changed_after` those that were last put after that revision. `keys_only`
+    leaves their values out."""
+    if after and not after.startswith(_checked(prefix)):
+        raise ValueError(f"{after!r} is no place under {prefix!r}")
+    return Get(_checked(prefix), True, limit, after, max(changed_after, 0), keys_only)
 
 
 class Kv:
@@ -271,15 +277,18 @@ def encode_key(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape")
 
 
+def decode_key(key: bytes) -> str:
+    # Anybody may put any bytes as a key; one that is not UTF-8 must not stop the reader of its neighbours.
+    return key.decode("utf-8", "surrogateescape")
+
+
 def range_end(prefix: str) -> bytes:
     """The first key after all those under `prefix`, which ends with a slash: it with "0" for the slash."""
     return encode_key(_checked(prefix)[:-1] + chr(ord("/") + 1))
 
 
 def from_proto(kv: kv_pb2.KeyValue) -> KeyValue:
-    # Anybody may put any bytes as a key; one that is not UTF-8 must not stop the reader of its neighbours.
-    key = kv.key.decode("utf-8", "surrogateescape")
-    return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
+    return KeyValue(decode_key(kv.key), kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
 
 
 def _checked(prefix: str) -> str:
@@ -314,9 +323,13 @@ def _operation(operation: Operation) -> kv_pb2.RequestOp:
             )
             return kv_pb2.RequestOp(request_put=put_request)
         case Delete():
-            end = range_end(operation.key) if operation.prefix else b""
-            return kv_pb2.RequestOp(request_delete_range=kv_pb2.DeleteRangeRequest(key=key, range_end=end))
+            return kv_pb2.RequestOp(request_delete_range=kv_pb2.DeleteRangeRequest(key=key))
         case Get():
-            end = range_end(operation.key) if operation.prefix else b""
-            range_request = kv_pb2.RangeRequest(key=key, range_end=end, limit=operation.limit)
+            range_request = kv_pb2.RangeRequest(
+                key=encode_key(operation.after) + b"\0" if operation.after else key,
+                range_end=range_end(operation.key) if operation.prefix else b"",
+                limit=operation.limit,
+                min_mod_revision=operation.changed_after + 1 if operation.changed_after else 0,
+                keys_only=operation.keys_only,
+            )
             return kv_pb2.RequestOp(request_range=range_request)

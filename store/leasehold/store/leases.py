@@ -52,6 +52,11 @@ TIME_TO_LIVE = Method(
     "/etcdserverpb.Lease/LeaseTimeToLive", lease_pb2.LeaseTimeToLiveRequest, lease_pb2.LeaseTimeToLiveResponse
 )
 
+LEAST_TTL = 2
+"""Seconds; what etcd grants at least. The margin of 1 s then leaves room for two renewals and no more."""
+LONGEST_TTL = 600
+"""Seconds; nobody should have to wait longer for one that is dead."""
+
 _RENEWALS = 4
 """Renewals in one TTL: three may fail before the deadline is near."""
 

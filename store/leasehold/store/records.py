@@ -163,6 +163,7 @@ class Controller:
     drain_seconds: int = 0
     fences: Mapping[str, str] = field(default_factory=dict, hash=False)
     session_ttl_seconds: int = 0
+    fencer_lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,6 +58,11 @@ def pending(request: AccessRequest) -> AccessRequest:
     return replace(request, state=RequestState.PENDING, change=new_change_id(), created_at=timestamp())
 
 
+def turn(entry: Stored[QueueEntry]) -> tuple[int, int]:
+    """By what the queue of a device is sorted: priority, the highest first, and arrival."""
+    return -entry.value.priority, entry.create_revision
+
+
 def submit(keys: Keys, request: AccessRequest) -> Transaction:
     """A new request stands in the queue of its device. Its access lease must be alive.
 
@@ -219,18 +224,27 @@ def _finish(
     )
 
 
+def why_anew(holder: Holder, mode: AccessMode, *, used: bool = False) -> str:
+    """Why a client that wants `mode` can not have the path that `holder` published, but only one of a new
+    epoch; empty if it can. `used` says that others have that path."""
+    if mode.read_only != holder.read_only:
+        return "it was served for reading only" if holder.read_only else "it is to be served for reading only"
+    # Nobody can harm a reader by reading. Whoever shares it has to reckon with other writers; the one that
+    # lapsed was one of them.
+    if holder.path_exposed and not holder.read_only and not used:
+        return "an earlier client may still know the path"
+    return ""
+
+
 def _serving(state: DeviceState, mode: AccessMode) -> Stored[Holder]:
     if state.unreadable or state.holder is None or state.holder.value.state is not HolderState.ACTIVE:
         raise NotPossible(state.device, state.unreadable or "nobody serves it")
-    if state.holder.value.read_only != mode.read_only:
-        raise NotPossible(state.device, f"its hold is not for {mode}")
+    if why := why_anew(state.holder.value, mode, used=bool(state.grants)):
+        raise NotPossible(state.device, why)
     if not all(grant.value.mode.beside(mode) for grant in state.grants):
         raise NotPossible(state.device, f"it is in use, and not together with {mode}")
     if len(state.grants) >= MOST_TOGETHER:
         raise NotPossible(state.device, f"{MOST_TOGETHER} clients have it, the most there may be")
-    # Whoever shares it has to reckon with other writers; the one that lapsed was one of them.
-    if state.holder.value.path_exposed and not state.grants:
-        raise NotPossible(state.device, "an earlier client may still know its path")
     return state.holder
 
 

@@ -13,11 +13,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from leasehold.store.clock import boottime_ns
+from leasehold.store.clock import NANOSECONDS, boottime_ns
 from leasehold.store.errors import LeaseNotFound, OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Compare, KeyValue, Kv, Operation, get
-
-_SECOND = 1_000_000_000
 
 
 def new_change_id() -> str:
@@ -73,11 +71,11 @@ async def commit(
     still be applied: the caller must then take both for possible until a commit of its own has changed one of
     the compared keys. Raises `Unavailable`, or what else etcd answers, when no copy can have been applied.
     """
-    end = boottime_ns() + int(timeout * _SECOND)
+    end = boottime_ns() + int(timeout * NANOSECONDS)
     reads = (get(transaction.proof_key), *otherwise)
     sent = False
     while True:
-        left = max((end - boottime_ns()) / _SECOND, 0.05)
+        left = max((end - boottime_ns()) / NANOSECONDS, 0.05)
         try:
             result = await kv.txn(transaction.compares, transaction.operations, reads, timeout=left)
         except LeaseNotFound:

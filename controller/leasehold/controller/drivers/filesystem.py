@@ -11,8 +11,8 @@ Parameters of a device's spec:
 Path: ``file://<mount root>/<device>-<epoch>``. It needs root, and Linux 5.8.
 
 Fence: `shutdown`. A process of its own, the steward, shuts the filesystem down when the hold's deadline
-passes, whatever the controller does, and when the controller dies. That excludes failures of processes and
-networks, not of a host that freezes as a whole, nor of controller and steward killed at once.
+passes, whatever the controller does, and when the controller dies; and where the steward does not, the
+fencer. That excludes failures of processes and networks, not of a host that freezes as a whole.
 """
 
 from __future__ import annotations
@@ -166,13 +166,22 @@ class FilesystemDriver:
     async def _reach(self) -> StewardChannel:
         """The steward; another one if it has died. Raises ChannelError, OSError."""
         async with self._starting:
-            if self._channel is None or self._channel.child.gone.is_set():
+            if self._channel is None or self._channel.child.gone.is_set() or self._outlived(self._channel):
                 context = self._context
                 if self._channel is not None:
-                    await self._channel.close(0.0)
-                self._channel = await StewardChannel.open(context.gate.path, context.state_dir)
+                    if self._guard is not None and not self._channel.child.gone.is_set():
+                        self._guard.cancel()
+                    await self._channel.close(_STOP_SECONDS)
+                self._channel = await StewardChannel.open(
+                    context.gate.path, context.state_dir, context.fencer
+                )
                 self._guard = asyncio.create_task(self._until_gone(self._channel), name="steward")
             return self._channel
+
+    def _outlived(self, channel: StewardChannel) -> bool:
+        """Whether its fencer died and another is there, which guards nothing that this one mounts."""
+        fencer = self._context.fencer
+        return fencer is not None and fencer.present and fencer.generation != channel.guardian
 
     async def _reach_awake(self) -> StewardChannel:
         """The steward, or another one if it is stopped: such a one watches over nothing any more."""

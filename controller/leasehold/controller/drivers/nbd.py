@@ -11,8 +11,9 @@ Parameters of a device's spec:
              writes up to 30 s later over what a successor on another host has written.
 
 Path: ``nbd://host:port/<device>-<epoch>``. Fence: `gate`. Every read and write is checked against the
-hold's epoch and deadline before it touches the backing, which excludes failures of processes and networks,
-not of a host that freezes in the middle of a write.
+hold's epoch and deadline before it touches the backing, and who is still inside after the deadline is killed
+by the fencer. That excludes failures of processes and networks, not of a host that freezes in the middle of a
+write.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class NbdDriver:
             base_port=context.base_port,
             workers=context.workers,
             on_unhealthy=context.on_unhealthy,
+            fencer=context.fencer,
         )
 
     async def start(self) -> None:

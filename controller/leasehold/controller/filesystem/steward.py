@@ -20,8 +20,8 @@ end        volume, drain       nothing here can write to it any more: proof
 Each is carried out in a thread of its own, those of one device one after the other, and nothing here waits
 without a limit for one that hangs in a device.
 
-If the controller and the steward are killed together, filesystems stay mounted and nobody shuts them down
-until the controller is started again.
+Each filesystem is also within reach of the fencer from before its first moment, which shuts it down if the
+steward is late or dead (`leasehold.controller.fencer.process`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from leasehold.controller.fencer.link import Link, Unguarded
 from leasehold.controller.filesystem import mount_api
 from leasehold.controller.filesystem.volume import Volume, VolumeFailed, VolumeSpec, unfit
 from leasehold.controller.gate import Gate
@@ -66,12 +67,14 @@ class Config:
     gate: str
     state_dir: str
     control_fd: int
+    link_fd: int = -1
 
 
 class Steward:
     def __init__(self, config: Config) -> None:
         self._gate = Gate.attach(Path(config.gate))
         self._control = socket.socket(fileno=config.control_fd)
+        self._link = Link(config.link_fd)
         self._sending = threading.Lock()
         self._changing = threading.Lock()
         self._volumes: dict[tuple[str, int], Volume] = {}
@@ -138,7 +141,7 @@ class Steward:
         try:
             volume.cut()
             volume.end(0.0)
-        except (VolumeFailed, OSError) as error:
+        except (VolumeFailed, Unguarded, OSError) as error:
             print(f"steward: device {volume.spec.device}: {error}", file=sys.stderr)  # noqa: T201
 
     def _answer(self, message: Message) -> None:
@@ -146,7 +149,7 @@ class Steward:
             answer = {"ok": True, **self._verbs[message["verb"]](message)}
         except OSError as error:
             answer = {"ok": False, "error": error.strerror or str(error)}
-        except VolumeFailed as error:
+        except (VolumeFailed, Unguarded) as error:
             answer = {"ok": False, "error": str(error)}
         except (KeyError, TypeError, ValueError) as error:
             answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
@@ -173,7 +176,7 @@ class Steward:
     def _volume(self, message: Message) -> Volume:
         spec = VolumeSpec(**message["volume"])
         with self._changing:
-            volume = self._volumes.setdefault((spec.device, spec.epoch), Volume(spec, self._gate))
+            volume = self._volumes.setdefault((spec.device, spec.epoch), Volume(spec, self._gate, self._link))
         if volume.spec.slot != spec.slot or volume.spec.backing != spec.backing:
             raise VolumeFailed(f"it is known otherwise: {asdict(volume.spec)}")
         return volume
@@ -192,6 +195,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.stack_size(_STACK)
     os.set_inheritable(config.control_fd, False)
+    if config.link_fd >= 0:
+        os.set_inheritable(config.link_fd, False)
     # To be late because the system is short of memory would defeat its purpose. Neither is allowed without
     # root, where nothing can be mounted anyway.
     with contextlib.suppress(OSError):

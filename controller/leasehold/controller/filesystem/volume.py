@@ -5,7 +5,7 @@ Making it:
 1. An image gets a loop device of its own. So does whatever is to be mounted for reading only, and that loop
    device refuses writes.
 2. The filesystem is mounted without a place in the tree. From here on the steward shuts it down at its
-   deadline.
+   deadline, and if the steward does not, the fencer, which gets its root.
 3. A small file is written and synced, or nothing where it is mounted for reading only.
 4. A twin of the mount becomes visible at the mount point. The steward keeps the first, so that it can reach
    the filesystem without keeping the mount point busy.
@@ -15,7 +15,7 @@ Its end is a pipeline, each step of which may be asked for again:
 1. sync          while the hold still stands; else the filesystem is shut down instead
 2. unmount       what is visible; whoever still uses it has the drain time to leave
 3. read-only     the filesystem itself, wherever another mount namespace may still have it; or it is shut down
-4. let go        of the first mount; where nobody else has one, the filesystem ends here
+4. let go        of the first mount, the fencer first; where nobody else has one, the filesystem ends here
 5. prove         the block device can be opened by us alone
 
 A hidden mount namespace keeps a filesystem alive that unmounted with exit code 0 and shows in no table; only
@@ -37,6 +37,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from leasehold.controller.fencer.link import Link
 from leasehold.controller.filesystem import loops, mount_api, options, users
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.backing import GONE
@@ -81,11 +82,12 @@ class VolumeSpec:
 class Volume:
     """See the module. `make`, `status` and `end` are for one thread at a time; `cut` is for any."""
 
-    def __init__(self, spec: VolumeSpec, gate: Gate) -> None:
+    def __init__(self, spec: VolumeSpec, gate: Gate, link: Link) -> None:
         self.spec = spec
         self.shut = False
         """The filesystem is shut down."""
         self._gate = gate
+        self._link = link
         self._turn = threading.Lock()
         self._descriptors = threading.Lock()
         self._ring = threading.Event()
@@ -127,13 +129,14 @@ class Volume:
         return self.shut
 
     def make(self) -> None:
-        """Mount it; its gate is open. Raises VolumeFailed, OSError, ValueError."""
+        """Mount it; its gate is open. Raises VolumeFailed, Unguarded, OSError, ValueError."""
         with self._in_turn():
             if self._shown:
                 if not self.live:
                     raise VolumeFailed("it is shut down already")
                 return
             self._require_gate()
+            spec = self.spec
             asked = options.parse(self.spec.fstype, self.spec.options, read_only=self.spec.read_only)
             os.makedirs(self.spec.mountpoint, exist_ok=True)
             if mount_api.mounted_at(self.spec.mountpoint) is not None:
@@ -142,6 +145,7 @@ class Volume:
             self._require_gate()
             self._mount = self._create(asked)
             self._watch_over()
+            self._link.guard(spec.slot, spec.epoch, spec.mountpoint, spec.backing, self._root)
             if not self.spec.read_only:
                 self._probe()
             self._require_gate()
@@ -164,7 +168,9 @@ class Volume:
             return None
 
     def end(self, drain: float) -> None:
-        """Return once it is proved that nothing here can write to it. Raises VolumeFailed, OSError.
+        """Return once it is proved that nothing here can write to it.
+
+        Raises VolumeFailed, Unguarded, OSError.
 
         Also for one that this process did not make: then what is at the mount point, and the loop device in
         the record, are what an earlier instance left.
@@ -353,6 +359,7 @@ class Volume:
             raise VolumeFailed("its filesystem hangs and does not even shut down")
         root, mount, self._root, self._mount = self._root, self._mount, -1, -1
         self._descriptors.release()
+        self._link.drop(self.spec.slot)
         # The thread that would have shut it down sees that there is nothing left to shut.
         self._ring.set()
         for fd in (root, mount):

@@ -17,6 +17,8 @@ import os
 import socket
 from pathlib import Path
 
+from leasehold.controller.fencer.occupancy import Occupancy
+from leasehold.controller.gate import Gate
 from leasehold.controller.nbd import messages
 from leasehold.controller.nbd.child import Child
 from leasehold.controller.nbd.messages import Message
@@ -47,8 +49,15 @@ class Channel:
 
     who = "the NBD worker"
 
-    def __init__(self, child: Child, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        child: Child,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        occupancy: Occupancy | None = None,
+    ) -> None:
         self.child = child
+        self.occupancy = occupancy
         self._writer = writer
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -57,26 +66,29 @@ class Channel:
         self._listening = asyncio.create_task(self._listen(reader))
 
     @classmethod
-    async def start(cls, index: int, listener: socket.socket, gate: Path, state_dir: Path) -> Channel:
+    async def start(cls, index: int, listener: socket.socket, gate: Gate, state_dir: Path) -> Channel:
         """Start worker `index` on `listener` and wait until it serves. Raises ChannelError, OSError."""
+        occupancy = Occupancy.create(gate.slots)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             config = {
                 "index": index,
-                "gate": str(gate),
+                "gate": str(gate.path),
                 "state_dir": str(state_dir),
                 "listen_fd": listener.fileno(),
                 "control_fd": theirs.fileno(),
                 "parent": os.getpid(),
+                "occupancy_fd": occupancy.fd,
             }
-            fds = (listener.fileno(), theirs.fileno())
+            fds = (listener.fileno(), theirs.fileno(), occupancy.fd)
             try:
                 child = Child("leasehold.controller.nbd.worker", [json.dumps(config)], pass_fds=fds)
             except OSError:
                 ours.close()
+                occupancy.close()
                 raise
         reader, writer = await asyncio.open_connection(sock=ours, limit=messages.MAX_LINE)
-        channel = cls(child, reader, writer)
+        channel = cls(child, reader, writer, occupancy)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await channel._ready.wait()
@@ -119,6 +131,9 @@ class Channel:
             self.child.kill()
         self._listening.cancel()
         await asyncio.gather(self._listening, return_exceptions=True)
+        if self.occupancy is not None:
+            self.occupancy.close()
+            self.occupancy = None
         return await self.child.exited(_KILL_SECONDS)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:

@@ -34,6 +34,11 @@ class Child:
         return self._process.pid
 
     @property
+    def pidfd(self) -> int:
+        """Valid until `gone`."""
+        return self._pidfd
+
+    @property
     def returncode(self) -> int | None:
         return self._process.returncode
 

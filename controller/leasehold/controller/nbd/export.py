@@ -50,8 +50,17 @@ class Export:
     """See the module for the states. Every method may be called from any thread."""
 
     def __init__(
-        self, name: str, backing: Backing, gate: Gate, slot: int, epoch: int, *, read_only: bool
+        self,
+        name: str,
+        backing: Backing,
+        gate: Gate,
+        slot: int,
+        epoch: int,
+        *,
+        read_only: bool,
+        occupancy: memoryview[int] | None = None,
     ) -> None:
+        """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see."""
         self.name = name
         self.backing = backing
         self.slot = slot
@@ -62,6 +71,9 @@ class Export:
         self._gate = gate
         self._state = State.PREPARED
         self._inside = 0
+        self._occupants = 0
+        """Of those inside, the ones that may still begin to read or write."""
+        self._occupancy = memoryview(bytearray(slot + 1)) if occupancy is None else occupancy
         self._ended = False
         self._unproved: OSError | None = None
         self._connections: set[Abortable] = set()
@@ -112,8 +124,12 @@ class Export:
                 return
             if self._state is not State.PREPARED:
                 raise Refused(f"{self.name} is being withdrawn")
-            self.guard()
-            self.backing.begin()
+            self._occupancy[self.slot] = 1
+            try:
+                self.guard()
+                self.backing.begin()
+            finally:
+                self._occupancy[self.slot] = 0
             self.plain_reads = not self.backing.cached_reads
             self._state = State.OPEN
             self._changed.notify_all()
@@ -136,9 +152,14 @@ class Export:
             if self._state is not State.OPEN:
                 raise Refused(f"{self.name} is being withdrawn")
             self._inside += 1
+            self._occupants += 1
+            self._occupancy[self.slot] = 1
 
     def end(self) -> None:
         with self._changed:
+            self._occupants -= 1
+            if self._occupants == 0:
+                self._occupancy[self.slot] = 0
             self._inside -= 1
             if self._inside == 0 and self._state is not State.OPEN:
                 self._changed.notify_all()
@@ -175,7 +196,10 @@ class Export:
                 with contextlib.suppress(OSError):
                     self.backing.sync()
         finally:
-            self.end()
+            # No occupant: it lets nothing in that was not there, and to kill it would make nothing durable.
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
     def withdraw(self, drain: float) -> None:
         """Go to GONE. Requests under way have `drain` seconds to finish.

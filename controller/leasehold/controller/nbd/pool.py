@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from leasehold.controller.fencer.channel import FencerChannel, FencerLost
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.settler import NotSettled, Settler
@@ -76,6 +77,7 @@ class WorkerPool:
         base_port: int,
         workers: int,
         on_unhealthy: Callable[[str, str], None],
+        fencer: FencerChannel | None = None,
     ) -> None:
         """`on_unhealthy(device, reason)` is called when an open export is lost and not brought back."""
         if workers < 1:
@@ -84,7 +86,8 @@ class WorkerPool:
         self._settler = Settler()
         self._listen_host = listen_host
         self._base_port = base_port
-        self._seats = [_Seat(index, gate, state_dir, on_unhealthy) for index in range(workers)]
+        self._fencer = fencer
+        self._seats = [_Seat(index, gate, state_dir, on_unhealthy, fencer) for index in range(workers)]
 
     async def start(self) -> None:
         """Bind the ports and start the workers. Raises OSError, ChannelError."""
@@ -142,6 +145,8 @@ class WorkerPool:
         """
         if not await self._seat(spec.device).withdraw(spec, drain):
             await self._settle(spec)
+        if self._fencer is not None:
+            self._fencer.backing(spec.slot, "")
 
     async def _settle(self, spec: ExportSpec) -> None:
         """No worker has the export. What a dead one wrote may still be in the page cache."""
@@ -168,9 +173,15 @@ class _Seat:
     """The place of one worker: its port, its exports, and the process that is there now."""
 
     def __init__(
-        self, index: int, gate: Gate, state_dir: Path, on_unhealthy: Callable[[str, str], None]
+        self,
+        index: int,
+        gate: Gate,
+        state_dir: Path,
+        on_unhealthy: Callable[[str, str], None],
+        fencer: FencerChannel | None,
     ) -> None:
         self.index = index
+        self._fencer = fencer
         self.listener: socket.socket | None = None
         self.channel: Channel | None = None
         self.specs: dict[str, ExportSpec] = {}
@@ -275,7 +286,16 @@ class _Seat:
     async def _spawn(self) -> Channel:
         if self.listener is None:
             raise WorkerLost("the NBD workers are stopped")
-        return await Channel.start(self.index, self.listener, self._gate.path, self._state_dir)
+        channel = await Channel.start(self.index, self.listener, self._gate, self._state_dir)
+        if self._fencer is not None and channel.occupancy is not None:
+            try:
+                await self._fencer.guard(channel.child, f"NBD worker {self.index}", channel.occupancy)
+            except BaseException as error:
+                await channel.close(0.0)
+                if isinstance(error, FencerLost):
+                    raise WorkerLost(f"NBD worker {self.index} is not guarded: {error}") from error
+                raise
+        return channel
 
     async def _restore(self, channel: Channel) -> None:
         """Bring back what was open and is still allowed. What was only prepared is asked for again."""
@@ -315,6 +335,8 @@ class _Seat:
             self._give_up([spec], str(error))
 
     async def _ask_export(self, channel: Channel, spec: ExportSpec) -> None:
+        if self._fencer is not None and not spec.read_only:
+            self._fencer.backing(spec.slot, spec.backing)
         await channel.ask(
             "export",
             _OPEN_SECONDS,

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.gate import Gate, GateError
 from leasehold.controller.nbd import messages
 from leasehold.controller.nbd.backing import Backing, examine
@@ -40,6 +41,9 @@ _ORDERED = frozenset({"export", "open", "withdraw"})
 _STACK = 512 << 10
 _SHORTEST_WATCH = 0.05
 _LONGEST_WATCH = 1.0
+_USED_WATCH = 0.1
+"""While clients are there: one that takes its time with a request is inside the device as far as the fencer
+can tell, and has to be thrown out before the fencer loses patience with the worker."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,6 +57,7 @@ class Config:
     listen_fd: int
     control_fd: int
     parent: int
+    occupancy_fd: int = -1
 
 
 class Worker:
@@ -60,6 +65,8 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         self._gate = Gate.attach(Path(config.gate))
+        shared = config.occupancy_fd >= 0
+        self._occupancy = Occupancy(config.occupancy_fd, writable=True).marks if shared else None
         self._listener = socket.socket(fileno=config.listen_fd)
         self._control = socket.socket(fileno=config.control_fd)
         self._sending = threading.Lock()
@@ -139,7 +146,9 @@ class Worker:
         except BaseException:
             backing.close()
             raise
-        export = Export(name, backing, self._gate, slot, epoch, read_only=read_only)
+        export = Export(
+            name, backing, self._gate, slot, epoch, read_only=read_only, occupancy=self._occupancy
+        )
         with self._changing:
             if name not in self._exports:
                 self._exports[name] = export
@@ -241,6 +250,8 @@ class Worker:
                     threading.Thread(target=export.end_if_expired, daemon=True).start()
                 elif export.serving:
                     soonest = min(soonest, (export.deadline() - now) / 1e9)
+                    if export.connections:
+                        soonest = min(soonest, _USED_WATCH)
             time.sleep(max(soonest, _SHORTEST_WATCH))
 
     @staticmethod

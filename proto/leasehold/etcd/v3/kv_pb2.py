@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/etcd/v3/kv.proto\x12\x11leasehold.etcd.v3\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"u\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"\x8c\x01\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0cserializable\x18\x07 \x01(\x08\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\x12\x12\n\ncount_only\x18\t \x01(\x08\"\x89\x01\n\rRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12(\n\x03kvs\x18\x02 \x03(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\"t\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\x12\x0f\n\x07prev_kv\x18\x04 \x01(\x08\x12\x14\n\x0cignore_value\x18\x05 \x01(\x08\x12\x14\n\x0cignore_lease\x18\x06 \x01(\x08\"n\n\x0bPutResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12,\n\x07prev_kv\x18\x02 \x01(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\"E\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x0f\n\x07prev_kv\x18\x03 \x01(\x08\"\x88\x01\n\x13\x44\x65leteRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\x12-\n\x08prev_kvs\x18\x03 \x03(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\"\xcd\x01\n\tRequestOp\x12\x38\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1f.leasehold.etcd.v3.RangeRequestH\x00\x12\x34\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x1d.leasehold.etcd.v3.PutRequestH\x00\x12\x45\n\x14request_delete_range\x18\x03 \x01(\x0b\x32%.leasehold.etcd.v3.DeleteRangeRequestH\x00\x42\t\n\x07request\"\xd5\x01\n\nResponseOp\x12:\n\x0eresponse_range\x18\x01 \x01(\x0b\x32 .leasehold.etcd.v3.RangeResponseH\x00\x12\x36\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x1e.leasehold.etcd.v3.PutResponseH\x00\x12G\n\x15response_delete_range\x18\x03 \x01(\x0b\x32&.leasehold.etcd.v3.DeleteRangeResponseH\x00\x42\n\n\x08response\"\xa0\x03\n\x07\x43ompare\x12\x38\n\x06result\x18\x01 \x01(\x0e\x32(.leasehold.etcd.v3.Compare.CompareResult\x12\x38\n\x06target\x18\x02 \x01(\x0e\x32(.leasehold.etcd.v3.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\x12\x0f\n\x05value\x18\x07 \x01(\x0cH\x00\x12\x0f\n\x05lease\x18\x08 \x01(\x03H\x00\x12\x11\n\trange_end\x18@ \x01(\x0c\"@\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\x12\x08\n\x04LESS\x10\x02\x12\r\n\tNOT_EQUAL\x10\x03\"G\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x12\t\n\x05VALUE\x10\x03\x12\t\n\x05LEASE\x10\x04\x42\x0e\n\x0ctarget_union\"\x97\x01\n\nTxnRequest\x12+\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x1a.leasehold.etcd.v3.Compare\x12-\n\x07success\x18\x02 \x03(\x0b\x32\x1c.leasehold.etcd.v3.RequestOp\x12-\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x1c.leasehold.etcd.v3.RequestOp\"\x85\x01\n\x0bTxnResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12\x30\n\tresponses\x18\x03 \x03(\x0b\x32\x1d.leasehold.etcd.v3.ResponseOp\"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08\"G\n\x12\x43ompactionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeaderb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/etcd/v3/kv.proto\x12\x11leasehold.etcd.v3\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"u\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"\xa6\x01\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0cserializable\x18\x07 \x01(\x08\x12\x11\n\tkeys_only\x18\x08 \x01(\x08\x12\x12\n\ncount_only\x18\t \x01(\x08\x12\x18\n\x10min_mod_revision\x18\n \x01(\x03\"\x89\x01\n\rRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12(\n\x03kvs\x18\x02 \x03(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\"t\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\x12\x0f\n\x07prev_kv\x18\x04 \x01(\x08\x12\x14\n\x0cignore_value\x18\x05 \x01(\x08\x12\x14\n\x0cignore_lease\x18\x06 \x01(\x08\"n\n\x0bPutResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12,\n\x07prev_kv\x18\x02 \x01(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\"E\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x0f\n\x07prev_kv\x18\x03 \x01(\x08\"\x88\x01\n\x13\x44\x65leteRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\x12-\n\x08prev_kvs\x18\x03 \x03(\x0b\x32\x1b.leasehold.etcd.v3.KeyValue\"\xcd\x01\n\tRequestOp\x12\x38\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1f.leasehold.etcd.v3.RangeRequestH\x00\x12\x34\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x1d.leasehold.etcd.v3.PutRequestH\x00\x12\x45\n\x14request_delete_range\x18\x03 \x01(\x0b\x32%.leasehold.etcd.v3.DeleteRangeRequestH\x00\x42\t\n\x07request\"\xd5\x01\n\nResponseOp\x12:\n\x0eresponse_range\x18\x01 \x01(\x0b\x32 .leasehold.etcd.v3.RangeResponseH\x00\x12\x36\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x1e.leasehold.etcd.v3.PutResponseH\x00\x12G\n\x15response_delete_range\x18\x03 \x01(\x0b\x32&.leasehold.etcd.v3.DeleteRangeResponseH\x00\x42\n\n\x08response\"\xa0\x03\n\x07\x43ompare\x12\x38\n\x06result\x18\x01 \x01(\x0e\x32(.leasehold.etcd.v3.Compare.CompareResult\x12\x38\n\x06target\x18\x02 \x01(\x0e\x32(.leasehold.etcd.v3.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\x12\x0f\n\x05value\x18\x07 \x01(\x0cH\x00\x12\x0f\n\x05lease\x18\x08 \x01(\x03H\x00\x12\x11\n\trange_end\x18@ \x01(\x0c\"@\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\x12\x08\n\x04LESS\x10\x02\x12\r\n\tNOT_EQUAL\x10\x03\"G\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x12\t\n\x05VALUE\x10\x03\x12\t\n\x05LEASE\x10\x04\x42\x0e\n\x0ctarget_union\"\x97\x01\n\nTxnRequest\x12+\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x1a.leasehold.etcd.v3.Compare\x12-\n\x07success\x18\x02 \x03(\x0b\x32\x1c.leasehold.etcd.v3.RequestOp\x12-\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x1c.leasehold.etcd.v3.RequestOp\"\x85\x01\n\x0bTxnResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12\x30\n\tresponses\x18\x03 \x03(\x0b\x32\x1d.leasehold.etcd.v3.ResponseOp\"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08\"G\n\x12\x43ompactionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.leasehold.etcd.v3.ResponseHeaderb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KEYVALUE']._serialized_start=143
   _globals['_KEYVALUE']._serialized_end=260
   _globals['_RANGEREQUEST']._serialized_start=263
-  _globals['_RANGEREQUEST']._serialized_end=403
-  _globals['_RANGERESPONSE']._serialized_start=406
-  _globals['_RANGERESPONSE']._serialized_end=543
-  _globals['_PUTREQUEST']._serialized_start=545
-  _globals['_PUTREQUEST']._serialized_end=661
-  _globals['_PUTRESPONSE']._serialized_start=663
-  _globals['_PUTRESPONSE']._serialized_end=773
-  _globals['_DELETERANGEREQUEST']._serialized_start=775
-  _globals['_DELETERANGEREQUEST']._serialized_end=844
-  _globals['_DELETERANGERESPONSE']._serialized_start=847
-  _globals['_DELETERANGERESPONSE']._serialized_end=983
-  _globals['_REQUESTOP']._serialized_start=986
-  _globals['_REQUESTOP']._serialized_end=1191
-  _globals['_RESPONSEOP']._serialized_start=1194
-  _globals['_RESPONSEOP']._serialized_end=1407
-  _globals['_COMPARE']._serialized_start=1410
-  _globals['_COMPARE']._serialized_end=1826
-  _globals['_COMPARE_COMPARERESULT']._serialized_start=1673
-  _globals['_COMPARE_COMPARERESULT']._serialized_end=1737
-  _globals['_COMPARE_COMPARETARGET']._serialized_start=1739
-  _globals['_COMPARE_COMPARETARGET']._serialized_end=1810
-  _globals['_TXNREQUEST']._serialized_start=1829
-  _globals['_TXNREQUEST']._serialized_end=1980
-  _globals['_TXNRESPONSE']._serialized_start=1983
-  _globals['_TXNRESPONSE']._serialized_end=2116
-  _globals['_COMPACTIONREQUEST']._serialized_start=2118
-  _globals['_COMPACTIONREQUEST']._serialized_end=2173
-  _globals['_COMPACTIONRESPONSE']._serialized_start=2175
-  _globals['_COMPACTIONRESPONSE']._serialized_end=2246
+  _globals['_RANGEREQUEST']._serialized_end=429
+  _globals['_RANGERESPONSE']._serialized_start=432
+  _globals['_RANGERESPONSE']._serialized_end=569
+  _globals['_PUTREQUEST']._serialized_start=571
+  _globals['_PUTREQUEST']._serialized_end=687
+  _globals['_PUTRESPONSE']._serialized_start=689
+  _globals['_PUTRESPONSE']._serialized_end=799
+  _globals['_DELETERANGEREQUEST']._serialized_start=801
+  _globals['_DELETERANGEREQUEST']._serialized_end=870
+  _globals['_DELETERANGERESPONSE']._serialized_start=873
+  _globals['_DELETERANGERESPONSE']._serialized_end=1009
+  _globals['_REQUESTOP']._serialized_start=1012
+  _globals['_REQUESTOP']._serialized_end=1217
+  _globals['_RESPONSEOP']._serialized_start=1220
+  _globals['_RESPONSEOP']._serialized_end=1433
+  _globals['_COMPARE']._serialized_start=1436
+  _globals['_COMPARE']._serialized_end=1852
+  _globals['_COMPARE_COMPARERESULT']._serialized_start=1699
+  _globals['_COMPARE_COMPARERESULT']._serialized_end=1763
+  _globals['_COMPARE_COMPARETARGET']._serialized_start=1765
+  _globals['_COMPARE_COMPARETARGET']._serialized_end=1836
+  _globals['_TXNREQUEST']._serialized_start=1855
+  _globals['_TXNREQUEST']._serialized_end=2006
+  _globals['_TXNRESPONSE']._serialized_start=2009
+  _globals['_TXNRESPONSE']._serialized_end=2142
+  _globals['_COMPACTIONREQUEST']._serialized_start=2144
+  _globals['_COMPACTIONREQUEST']._serialized_end=2199
+  _globals['_COMPACTIONRESPONSE']._serialized_start=2201
+  _globals['_COMPACTIONRESPONSE']._serialized_end=2272
 # @@protoc_insertion_point(module_scope)

@@ -94,6 +94,7 @@ class RangeRequest(google.protobuf.message.Message):
     SERIALIZABLE_FIELD_NUMBER: builtins.int
     KEYS_ONLY_FIELD_NUMBER: builtins.int
     COUNT_ONLY_FIELD_NUMBER: builtins.int
+    MIN_MOD_REVISION_FIELD_NUMBER: builtins.int
     key: builtins.bytes
     range_end: builtins.bytes
     """Exclusive; empty means the one key."""
@@ -104,6 +105,10 @@ class RangeRequest(google.protobuf.message.Message):
     serializable: builtins.bool
     keys_only: builtins.bool
     count_only: builtins.bool
+    min_mod_revision: builtins.int
+    """Keys whose last change is earlier are left out. etcd then reads the whole range, whatever the limit, and
+    sends no more than that.
+    """
     def __init__(
         self,
         *,
@@ -114,8 +119,9 @@ class RangeRequest(google.protobuf.message.Message):
         serializable: builtins.bool = ...,
         keys_only: builtins.bool = ...,
         count_only: builtins.bool = ...,
+        min_mod_revision: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["count_only", b"count_only", "key", b"key", "keys_only", b"keys_only", "limit", b"limit", "range_end", b"range_end", "revision", b"revision", "serializable", b"serializable"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count_only", b"count_only", "key", b"key", "keys_only", b"keys_only", "limit", b"limit", "min_mod_revision", b"min_mod_revision", "range_end", b"range_end", "revision", b"revision", "serializable", b"serializable"]) -> None: ...
 
 global___RangeRequest = RangeRequest
 
