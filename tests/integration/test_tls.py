@@ -127,6 +127,10 @@ async def test_who_is_let_in_and_what_the_others_are_told(
                 with pytest.raises(Untrusted) as caught:
                     await leasehold.devices()
             assert str(caught.value).startswith(f"{door}: {cause}")
+    port = secured.coordinator.rpartition(":")[2]
+    async with connect(f"localhost:{port}", tls=certificates.tls) as leasehold:
+        with pytest.raises(Untrusted, match="its certificate is not trusted: Hostname mismatch"):
+            await leasehold.devices()
     for name, value in ((CA, certificates.authority.certificate), (CERT, certificates.certificate)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv(KEY, str(certificates.key))

@@ -30,6 +30,7 @@ from leasehold.store.codec import decode, encode
 from leasehold.store.kv import RANGE, KeyValue, encode_key, from_proto
 from leasehold.store.records import (
     ChangeKind,
+    Controller,
     ControllerId,
     Coordinator,
     CoordinatorId,
@@ -38,7 +39,15 @@ from leasehold.store.records import (
     Holder,
     RequestState,
 )
-from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc, records_pb2
+from leasehold.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    controllers_pb2,
+    controllers_pb2_grpc,
+    devices_pb2,
+    devices_pb2_grpc,
+    records_pb2,
+)
 from pretender import Pretender
 
 PATIENCE = 15.0
@@ -87,6 +96,7 @@ class Door:
         self.channel = grpc.aio.insecure_channel(endpoint)
         self.access: Any = access_pb2_grpc.AccessServiceStub(self.channel)
         self.devices: Any = devices_pb2_grpc.DeviceServiceStub(self.channel)
+        self.controllers: Any = controllers_pb2_grpc.ControllerServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)
 
     async def ready(self) -> bool:
@@ -98,6 +108,11 @@ class Door:
         return Stream(
             self.access.RequestAccess(access_pb2.RequestAccessRequest(request_id=request, spec=asked))
         )
+
+    async def sessions(self) -> dict[str, str]:
+        """The session of each controller."""
+        answer = await self.controllers.ListControllers(controllers_pb2.ListControllersRequest())
+        return {each.controller.controller: each.controller.session_lease for each in answer.statuses}
 
     async def status(self, request: str) -> Any:
         return (await self.access.GetAccess(access_pb2.GetAccessRequest(request_id=request))).status
@@ -150,6 +165,15 @@ class Site:
             for change in changes
             if change.kind in GIVEN and change.gained
         ]
+
+    async def known(self, controller: Controller) -> None:
+        """Wait until both coordinators know `controller` by its session."""
+
+        async def shown() -> bool:
+            found = [await door.sessions() for door in self.doors]
+            return all(each.get(controller.controller) == controller.session_lease for each in found)
+
+        await eventually(f"{controller.controller} is known", shown)
 
     async def served(self, controller: str, door: Door | None = None) -> None:
         """Make `controller` the holder, active and unused."""
@@ -493,6 +517,7 @@ async def test_a_holder_without_its_session_is_left_to_the_controllers(site: Sit
     before = await site.holder()
     pretender = site.controllers["a"]
     await pretender.say(replace(pretender.me, session_lease=await site.etcd.lease()))
+    await site.known(pretender.me)
     stream = site.first.ask("q1", controller="a")
     queued = await stream.until("queued")
     assert "session of a in epoch 1 is gone" in queued.reason

@@ -29,8 +29,9 @@ NO_COMMAND = 127
 HELP = """\b
 Exit codes:
     0  done
-    1  a promise was broken (demo), the answer was no (apply)
-    2  wrong usage; a configuration, address or certificate that can not be used; not installed
+    1  a promise was broken (demo), the answer was no (apply), a daemon can not go on
+    2  wrong usage; a configuration, address, certificate, directory or port that can not
+       be used; not installed
    65  the request can not be done as asked
    66  no such device, controller or request
    69  no coordinator answered, or it takes no more requests now
