@@ -2,7 +2,7 @@
 
 A writer numbers its blocks and writes each in its place: block n at n * BLOCK. One that was not acknowledged
 is written again under the next path, so the write of an earlier epoch that comes late stands where a later
-epoch has written already, and shows: sequence numbers rise over the device, so epochs must never fall over it.
+epoch has written already, and shows: sequence numbers rise over the device, so epochs must never fall on it.
 """
 
 import hashlib
