@@ -1,11 +1,11 @@
-"""Clients of a filesystem on a whole cluster: readers together, a writer after them, and data over a takeover."""
+"""Clients of a filesystem on a whole cluster: readers together, a writer after them, data over a takeover."""
 
 import asyncio
 import errno
 import hashlib
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -65,14 +65,15 @@ async def given_up(cluster: DevCluster, leasehold: Leasehold, device: str) -> No
 
 def refuses_writes(mounted: Path) -> None:
     """Also to root, whose tests these are: what is below the mount refuses as well."""
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: write(mounted / "another", "content"),
         lambda: os.close(os.open(mounted / "file", os.O_WRONLY)),
         lambda: os.unlink(mounted / "file"),
         lambda: os.mkdir(mounted / "directory"),
         lambda: os.chmod(mounted / "file", 0o777),
         lambda: os.utime(mounted / "file"),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(OSError, match="Read-only") as raised:
             attempt()
         assert raised.value.errno == errno.EROFS

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.timeout(400)
 
 TTL = 3
 TRIES = 20
+"""LEASEHOLD_FREEZES says otherwise."""
 FROZEN = ("a", "b", "c")
 """Frozen at the same moment: each is a try. What they held goes to the fourth."""
 SUCCESSOR = "d"
@@ -126,8 +127,13 @@ async def registered(leasehold: Leasehold) -> None:
 
 
 async def test_at_most_what_was_under_way_lands_after_a_freeze(tmp_path: Path) -> None:
+    await freeze(tmp_path, int(os.environ.get("LEASEHOLD_FREEZES") or TRIES))
+
+
+async def freeze(directory: Path, least: int) -> None:
+    """At least so many tries."""
     cluster = DevCluster(
-        tmp_path,
+        directory,
         devices=len(FROZEN),
         size=CONNECTIONS * BLOCKS * BLOCK,
         ttl=TTL,
@@ -141,13 +147,13 @@ async def test_at_most_what_was_under_way_lands_after_a_freeze(tmp_path: Path) -
             for name in FROZEN:
                 freezer.add(family(cluster.process(name).pid))
             async with connect(*cluster.endpoints) as leasehold:
-                while tries < TRIES:
+                while tries < least:
                     counts, blocks = await freeze_once(cluster, leasehold, freezer, draw)
                     tries += len(counts)
                     landed += sum(sum(count) for count in counts)
                     written += blocks
                     print(f"frozen {counts}", flush=True)
-                    assert all(count <= 1 for of_device in counts for count in of_device), counts
+                    assert all(count <= 1 for of_device in counts for count in of_device), f"stale: {counts}"
         finally:
             freezer.thaw()
             await asyncio.to_thread(cluster.stop)
@@ -176,3 +182,9 @@ async def freeze_once(
             await asyncio.to_thread(item.refuses)
         await registered(leasehold)
         return [item.stale(cluster.device_image(item.device)) for item in held], sum(acknowledged)
+
+
+async def test_without_the_gate_it_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "ungated"))
+    with pytest.raises(AssertionError, match="stale"):
+        await freeze(tmp_path, 1)

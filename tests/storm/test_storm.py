@@ -316,3 +316,12 @@ async def test_storm(tmp_path: Path, driver: str) -> None:
         require_mounts()
     faults, _ = await storm(tmp_path, fstype, Plan())
     assert not faults
+
+
+async def test_without_the_gate_it_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of a holder that is stopped past its lease takes no notice, and its clients write on."""
+    ungated = Path(__file__).parents[1] / "ungated"
+    monkeypatch.setenv("PYTHONPATH", str(ungated))
+    faults, raging = await storm(tmp_path, "", Plan(transfers=3, faults=6, limit=60.0), devices=2)
+    assert raging.pauses, faults
+    assert any("was written in epoch" in fault for fault in faults), faults
