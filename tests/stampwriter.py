@@ -28,6 +28,8 @@ IO = 3.0
 """Seconds until a client takes a connection that says nothing for dead."""
 KEPT = 1.5
 """Seconds for which a file is kept open after it failed. It keeps its mount busy so long."""
+SITTINGS, WEIGHTS = (1, 5, 10, 1 << 30), (4, 3, 2, 1)
+"""For how many batches what is opened is kept, and how often. Some keep it until it fails."""
 OLD_PATHS = 4
 """How many old paths are tried again."""
 FINISH = 20.0
@@ -168,7 +170,7 @@ class StampWriter:
             numbers = range(sequence, sequence + batch)
             try:
                 if opened is None:
-                    opened, sitting = self._way.open(path), self._draw.choice((1, 5, 20, 1 << 30))
+                    opened, sitting = self._way.open(path), self._draw.choices(SITTINGS, WEIGHTS)[0]
                 opened.write(sequence, b"".join(stamped(number, epoch) for number in numbers))
             except OSError as error:
                 # What becomes of that write is not known: it is done again, under this path or the next.
@@ -194,7 +196,7 @@ class StampWriter:
     def _retire(self, path: str, epoch: int, opened: Opened | None) -> None:
         if not path:
             return
-        if opened is not None and not self._way.lasting and self._draw.random() < 0.5:
+        if opened is not None and not self._way.lasting and self._draw.random() < 0.75:
             opened.close()
             opened = None
         with self._told:

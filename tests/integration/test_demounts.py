@@ -105,6 +105,12 @@ class Site:
         async with asyncio.timeout(SOON), self.leasehold.access(STUCK, controller=controller) as access:
             assert (local(access.path) / "file").read_text() == TEXT
 
+    async def give_up(self) -> None:
+        """Have the controllers give up all they hold, as at their stop."""
+        for process in self.cluster.controllers.values():
+            process.terminate()
+            assert await asyncio.to_thread(process.join, SOON)
+
     async def pass_on_the_other(self) -> None:
         """From a to b and back, with data, while the first device is stuck."""
         for target in ("b", "a"):
@@ -170,10 +176,8 @@ async def test_a_demount_that_hangs(site: Site) -> None:
             await site.served_again_by("a")
         assert mount_api.mounted_at(str(mounted)) is None
         await site.served_again_by("b")
-        for name in ("a", "b"):
-            # Gives up what it holds, before its storage goes.
-            site.cluster.process(name).terminate()
-            assert await asyncio.to_thread(site.cluster.process(name).join, SOON)
+        # Before their storage goes.
+        await site.give_up()
     assert_clean(image)
 
 
@@ -203,7 +207,7 @@ async def test_a_demount_that_lies(site: Site) -> None:
             await site.pass_on_the_other()
     await site.served_again_by("a")
     await site.served_again_by("b")
-    await asyncio.to_thread(site.cluster.stop)
+    await site.give_up()
     assert_clean(image)
 
 
