@@ -292,7 +292,7 @@ class Volume:
     def _adopt(self) -> None:
         """Get hold of what an earlier instance left mounted. This one has no right to it."""
         number = mount_api.mounted_at(self.spec.mountpoint)
-        if number is None:
+        if number is None or self._mount >= 0:
             return
         self._node = mount_api.node_of(number)
         if self._loop is None:
@@ -300,7 +300,12 @@ class Volume:
             self._loop = loops.Loop(os.open(self._node, os.O_RDONLY | os.O_CLOEXEC), self._node)
         self._mount = mount_api.twin_of(self.spec.mountpoint)
         self._shown = True
-        self._watch_over()
+        try:
+            self._watch_over()
+        except OSError as error:
+            # XFS that is shut down lets nobody in. Nothing is left to be shut, and it can be unmounted.
+            if error.errno != errno.EIO:
+                raise
 
     def _sync(self) -> None:
         try:
