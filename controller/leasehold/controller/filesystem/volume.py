@@ -44,6 +44,9 @@ from leasehold.controller.nbd.backing import GONE
 RESERVED = ".leasehold"
 """The directory at the root of each filesystem that is Leasehold's."""
 
+_GENTLE_SECONDS = 0.2
+"""For a filesystem to write back what it has before it is shut down. It is shut down then in any case: a
+successor may come a margin and a hold-off after the deadline."""
 _SHUTDOWN_SECONDS = 2.0
 """For a filesystem to be shut down; it takes milliseconds."""
 _TURN_SECONDS = 2.0
@@ -88,6 +91,8 @@ class Volume:
         self._gate = gate
         self._turn = threading.Lock()
         self._descriptors = threading.Lock()
+        self._gently = threading.Lock()
+        self._gentle = threading.Event()
         self._ring = threading.Event()
         self._done = threading.Event()
         self._loop: loops.Loop | None = None
@@ -251,10 +256,25 @@ class Volume:
         """Be ready to shut it down: no thread has to be started, and no path be walked, for that any more."""
         root = mount_api.root_of(self._mount)
         threading.Thread(target=self._shut_when_rung, args=(root,), daemon=True).start()
+        threading.Thread(target=self._shut_gently_when_rung, args=(root,), daemon=True).start()
         self._root = root
+
+    def _shut_gently_when_rung(self, root: int) -> None:
+        """So that no program is told that something is safe which is thrown away."""
+        self._ring.wait()
+        with self._gently:
+            try:
+                if self._root == root:
+                    mount_api.freeze_and_shut_down(root)
+            except OSError:
+                # Frozen by somebody already, or shut down: the other thread sees to it.
+                return
+            finally:
+                self._gentle.set()
 
     def _shut_when_rung(self, root: int) -> None:
         self._ring.wait()
+        self._gentle.wait(_GENTLE_SECONDS)
         with self._descriptors:
             if self._root != root:
                 return
@@ -351,10 +371,15 @@ class Volume:
                 ) from error
 
     def _let_go(self) -> None:
-        if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
+        if not self._gently.acquire(timeout=_SHUTDOWN_SECONDS):
             raise VolumeFailed("its filesystem hangs and does not even shut down")
-        root, mount, self._root, self._mount = self._root, self._mount, -1, -1
-        self._descriptors.release()
+        try:
+            if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
+                raise VolumeFailed("its filesystem hangs and does not even shut down")
+            root, mount, self._root, self._mount = self._root, self._mount, -1, -1
+            self._descriptors.release()
+        finally:
+            self._gently.release()
         # The thread that would have shut it down sees that there is nothing left to shut.
         self._ring.set()
         for fd in (root, mount):
