@@ -28,7 +28,7 @@ IO = 3.0
 """Seconds until a client takes a connection that says nothing for dead."""
 KEPT = 1.5
 """Seconds for which a file is kept open after it failed. It keeps its mount busy so long."""
-SITTINGS, WEIGHTS = (1, 5, 10, 1 << 30), (4, 3, 2, 1)
+SITTINGS, WEIGHTS = (1, 5, 10, 1 << 30), (100, 80, 20, 1)
 """For how many batches what is opened is kept, and how often. Some keep it until it fails."""
 OLD_PATHS = 4
 """How many old paths are tried again."""

@@ -135,9 +135,9 @@ class Storm:
     async def _break(self, number: int) -> None:
         draw = random.Random(f"{self.seed} faults {number}")
         while not self.broken_enough:
-            await asyncio.sleep(draw.uniform(0.0, 1.5))
+            await asyncio.sleep(draw.uniform(0.0, 0.5))
             device = draw.choice(self.clients).writer.device
-            kill, down = draw.random() < 0.6, draw.uniform(0.0, 4.0)
+            kill, down = draw.random() < 0.6, draw.uniform(0.0, 2.0)
             holder = (await self.installation.state(DeviceId(device))).holder
             if holder is None or (name := holder.value.controller) in self.down:
                 continue
@@ -150,7 +150,7 @@ class Storm:
                     await asyncio.sleep(down)
                     await asyncio.to_thread(self.cluster.restart, name)
                 else:
-                    down = TTL + 0.2 + down / 2
+                    down = TTL + 0.2 + down
                     self.say(f"stop {name}, which holds {device}, for {down:.1f} s")
                     self.pauses += 1
                     self.cluster.pause(name)
