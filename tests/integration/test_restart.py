@@ -102,6 +102,7 @@ def test_a_client_that_wants_it_elsewhere_has_it_at_once(
     asking.join(SOON)
     assert got == [DATA]
     assert records_pb2.CHANGE_KIND_TAKEN_OVER not in kinds(leasehold, "wanted"), "it was not released"
+
     # Another start of the same controller, which lets go of what the earlier one had and adopts nothing.
     def again() -> bool:
         started = [item.controller for item in leasehold.controllers() if item.controller.controller == "a"]
