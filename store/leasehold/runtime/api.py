@@ -238,6 +238,11 @@ class ApiServer:
         """Tell health checks that calls are served from now on."""
         await self._set(health_pb2.HealthCheckResponse.SERVING)
 
+    async def tell(self, service: str, *, serving: bool) -> None:
+        """What health checks for `service` are answered from now on."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
     async def stop(self, grace: float) -> None:
         """Take no new calls, and end those under way after `grace` seconds."""
         await self._health.enter_graceful_shutdown()
