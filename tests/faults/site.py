@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from chaos.test_chaos import Client, Writer, check_history, until
+from chaos.test_chaos import SIZE, Client, Writer, check_history, until
 from etcd_server import EtcdServer
 from faults.valve import Valve
 from installation import Installation
@@ -25,7 +25,6 @@ from leasehold.store.records import DeviceId, Holder, HolderState
 _numbers = itertools.count(1)
 
 TTL = 3
-SIZE = 16 << 20
 SETTLED = 25.0
 """Seconds after a fault within which every client must write again; a takeover takes about 6."""
 

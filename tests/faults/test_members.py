@@ -4,12 +4,11 @@ import asyncio
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 import grpc
 import pytest
 
-from chaos.test_chaos import until
 from equipment import find_tool, missing
 from etcd_server import EtcdCluster, program
 from faults.site import TTL, Site, at_work, eventually
@@ -40,6 +39,7 @@ async def test_the_leader_is_stopped_for_a_while(site: Site, cluster: EtcdCluste
     async with at_work(site) as work:
         number = cluster.leader()
         cluster.members[number].stop()
+        await asyncio.sleep(TTL + 1.0)
         await work.settled()
         cluster.members[number].cont()
 
@@ -79,7 +79,7 @@ async def test_without_a_majority_everything_stops_and_nothing_is_told(
         cluster.heal()
         await work.settled()
         for name in (*site.controllers, *site.coordinators):
-            await eventually(lambda name=name: site.said(name, "SILENT is over"), f"{name} did not recover")
+            await eventually(partial(site.said, name, "SILENT is over"), f"{name} did not recover")
 
 
 async def test_all_members_restart(site: Site, cluster: EtcdCluster) -> None:
@@ -136,34 +136,45 @@ def _leads(cluster: EtcdCluster, among: "list[int] | None" = None) -> bool:
 
 @contextmanager
 def _parted(cluster: EtcdCluster, number: int) -> Iterator[None]:
-    """Reset and refuse what goes between a member and its peers, whoever began it."""
-    pids = {member.peer_port: member.pid for member in cluster.members}
-    own = cluster.members[number]
-    name = f"leasehold_{own.peer_port}"
-    foreign = ", ".join(str(port) for port in pids if port != own.peer_port)
-    group = Path("/sys/fs/cgroup") / name
-    try:
-        group.mkdir()
-        (group / "cgroup.procs").write_text(str(own.pid))
-    except OSError as error:
-        missing("a cgroup of its own for a process", f"run as root with cgroup v2: {error}")
+    """Drop what goes between a member and its peers, whoever began it."""
+    own = cluster.members[number].peer_port
+    others = {member.peer_port: member.pid for member in cluster.members if member.peer_port != own}
+    foreign = ", ".join(map(str, others))
+    # What the others have between them goes on; whatever else comes to them, or from them, is the leader's.
+    between = ", ".join(map(str, _sources(others)))
+    name = f"leasehold_{own}"
     rules = f"""
     table inet {name} {{
       chain out {{ type filter hook output priority 0;
-        tcp dport {own.peer_port} drop
-        tcp sport {own.peer_port} drop
-        socket cgroupv2 level 1 "{name}" tcp dport {{ {foreign} }} drop
+        tcp dport {own} drop
+        tcp sport {own} drop
+        tcp dport {{ {foreign} }} tcp sport != {{ {between} }} drop
+        tcp sport {{ {foreign} }} tcp dport != {{ {between} }} drop
       }}
     }}"""
+    made = subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=False, capture_output=True)
+    if made.returncode:
+        missing("the right to set packet filters", f"run as root: {made.stderr}")
     try:
-        subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["nft", "delete", "table", "inet", name], check=True)
+        yield
     finally:
-        (Path("/sys/fs/cgroup") / "cgroup.procs").write_text(str(own.pid))
-        group.rmdir()
+        subprocess.run(["nft", "delete", "table", "inet", name], check=True)
 
 
-__all__ = ["until"]
+def _sources(peers: "dict[int, int]") -> list[int]:
+    """The ports from which the members with these peer ports and pids are connected to one another."""
+    listing = subprocess.run(
+        [find_tool("ss", "iproute2"), "-tnpH", "state", "established"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    found = []
+    for line in listing.splitlines():
+        _, _, local, remote, *rest = line.split()
+        process = " ".join(rest)
+        if int(remote.rpartition(":")[2]) in peers and any(
+            f"pid={pid}," in process for pid in peers.values()
+        ):
+            found.append(int(local.rpartition(":")[2]))
+    return found
