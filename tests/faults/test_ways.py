@@ -1,4 +1,4 @@
-"""The way to etcd cut, changes that are lost to who was away, a lease that a person revoked, a wrong clock."""
+"""The way to etcd cut, changes lost to who was away, a lease that a person revoked, a wrong clock."""
 
 import asyncio
 import subprocess
