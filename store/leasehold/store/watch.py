@@ -195,7 +195,7 @@ async def _snapshot(kv: Kv, prefix: str) -> Snapshot:
 
 async def _check_not_behind(connection: Connection, prefix: str, following: int, created: _Reply) -> None:
     """Raises `Compacted` if the cluster has gone back: it would skip the revisions to come."""
-    if created.header.revision + 1 >= following:
+    if created.header.revision + 1 >= following and created.header.revision >= connection.revision:
         return
     # This member may just lag behind the others; only a linearizable read tells.
     revision, _ = await Kv(connection).read(get_prefix(prefix, limit=1))
