@@ -94,17 +94,20 @@ async def test_the_leaders_disk_is_stuck(tmp_path: Path) -> None:
 
 
 async def test_the_disk_of_a_member_is_full(tmp_path: Path) -> None:
-    with small_filesystem(192 << 20) as mount, one_on(mount) as cluster:
-        with Site(tmp_path, cluster.members) as site:
-            async with at_work(site) as work:
-                ballast = mount / "ballast"
-                with pytest.raises(OSError, match="No space left"):
-                    _fill_up(ballast)
-                # Started again, it finds no room for the next segment of its log.
-                await asyncio.to_thread(cluster.members[0].restart, wait=False)
-                await work.settled()
-                ballast.unlink()
-                await asyncio.to_thread(cluster.heal)
+    with (
+        small_filesystem(192 << 20) as mount,
+        one_on(mount) as cluster,
+        Site(tmp_path, cluster.members) as site,
+    ):
+        async with at_work(site) as work:
+            ballast = mount / "ballast"
+            with pytest.raises(OSError, match="No space left"):
+                _fill_up(ballast)
+            # Started again, it finds no room for the next segment of its log.
+            await asyncio.to_thread(cluster.members[0].restart, wait=False)
+            await work.settled()
+            ballast.unlink()
+            await asyncio.to_thread(cluster.heal)
 
 
 @pytest.fixture
