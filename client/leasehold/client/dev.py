@@ -318,7 +318,7 @@ def free_port() -> int:
 def _reserve(port: int) -> None:
     """Raises OSError if another has been given the port, and does not listen on it yet, or not any more."""
     with socket.socket(socket.AF_UNIX) as name:
-        # In the abstract namespace, so nothing is left behind. The descriptor stays open as long as the process.
+        # In the abstract namespace, so nothing is left behind. The descriptor lasts as long as the process.
         name.bind(f"\0leasehold-port-{port}")
         name.detach()
 

@@ -170,6 +170,8 @@ class Daemon:
             raise self.failed.result()
         await self._server.ready()
         _log.info("ready, listening on %s", self.address)
+        if self._fencer.lacks:
+            _log.warning("the fencer may be late if the host is; it lacks %s", ", ".join(self._fencer.lacks))
 
     async def stop(self) -> bool:
         """Give everything up in order. True if everything was released."""
@@ -278,6 +280,8 @@ class Daemon:
             await self.agent.given_up(timing.stop)
             await self._fencer.start_again()
             self.agent.resume()
+            if not self.agent.stopping:
+                self.session.admit()
             self.session.lose("it was without a fencer, and there is another now")
 
     async def _checkpoints(self, journal: Journal) -> None:

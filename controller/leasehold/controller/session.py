@@ -156,6 +156,10 @@ class Session:
             (unchanged(key, registered.revision),), (put(key, encode(record), lease=registered.lease.id),)
         )
 
+    def admit(self) -> None:
+        """Say in later registrations that this controller takes devices again."""
+        self._draining = False
+
     async def end(self) -> None:
         """Revoke the session, after everything was released. The name is free at once."""
         if self._registered is None:
@@ -180,7 +184,8 @@ class Session:
             await asyncio.sleep(_LOOK)
 
     def _journalled(self, lease: LeaseId) -> Controller:
-        record = replace(self._build(lease), draining=self._draining)
+        record = self._build(lease)
+        record = replace(record, draining=record.draining or self._draining)
         self._context.journal.begin_session(record.instance, lease)
         return record
 

@@ -96,8 +96,6 @@ class FencerChannel:
         except (FencerLost, OSError) as error:
             self._drop()
             raise FencerFailed(f"the fencer can not be started: {error}") from error
-        if self.lacks:
-            _log.error("the fencer is not sure to act in time; it lacks %s", ", ".join(self.lacks))
 
     async def start_again(self) -> None:
         """After its death, with a few tries. Raises FencerFailed."""
