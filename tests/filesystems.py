@@ -34,7 +34,7 @@ def make_image(file: Path, fstype: str = "ext4", size: int = SIZE) -> Path:
 
 
 def assert_clean(image: Path, fstype: str = "ext4") -> None:
-    """Nothing is wrong with it. One that was shut down has a log to be replayed, as who mounts it next does."""
+    """Nothing is wrong with it, once a log is replayed that a shutdown left, as who mounts it next does."""
     checked = _check(image, fstype)
     if "metadata changes in a log" in checked.stdout + checked.stderr:
         with tempfile.TemporaryDirectory() as directory:
