@@ -4,7 +4,7 @@ PYTHON ?= python3
 ROOTS := client controller coordinator proto store
 BIN := .venv/bin
 
-.PHONY: demo test chaos lint proto bench
+.PHONY: demo test chaos storm lint proto bench
 
 # A cluster on this machine, three controllers, and a device that changes hands.
 demo: .venv/.demo
@@ -19,6 +19,11 @@ test: .venv/.dev
 # Whatever can break, broken at random for LEASEHOLD_CHAOS seconds; LEASEHOLD_SEED repeats a plan.
 chaos: .venv/.dev
 	$(BIN)/pytest tests/chaos -s $(ARGS)
+
+# A hundred transfers and thirty kills or pauses of holders for each driver, judged by what stands on the devices;
+# LEASEHOLD_SEED repeats a plan. The figures come with what each test printed.
+storm: .venv/.dev
+	$(BIN)/pytest tests/storm -n 2 -rP --show-capture=stdout $(ARGS)
 
 lint: .venv/.dev .venv-proto/.ready
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ import pytest
 PACKAGES = {
     "e2fsck": "e2fsprogs",
     "losetup": "mount",
+    "fsfreeze": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "nbdcopy": "libnbd-bin",

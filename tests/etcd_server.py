@@ -78,6 +78,11 @@ class EtcdServer:
         """What it has written so far."""
         return (self._directory / "log").read_text(errors="replace")
 
+    @property
+    def data(self) -> Path:
+        """Where its data are, unless its options say otherwise."""
+        return self._directory / "data"
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -92,7 +97,7 @@ class EtcdServer:
         command = [
             str(program()),
             f"--name={self.name}",
-            f"--data-dir={self._directory / 'data'}",
+            f"--data-dir={self.data}",
             f"--listen-client-urls={self.endpoint}",
             f"--advertise-client-urls={self.endpoint}",
             f"--listen-peer-urls={self.peer_url}",
@@ -163,7 +168,7 @@ class EtcdServer:
         A cluster restored from a backup looks so to its clients: the same ids, and a revision that went back.
         """
         self.kill()
-        shutil.rmtree(self._directory / "data")
+        shutil.rmtree(self.data)
 
     def close(self) -> None:
         self.kill()

@@ -10,45 +10,30 @@ a write of an epoch that is over, once a later one was granted, must not be acce
 """
 
 import asyncio
-import hashlib
 import os
 import random
-import signal
-import struct
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 
-from installation import Installation, examine
-from leasehold.client import AccessLost, LeaseholdError, connect
-from leasehold.client.access import Access
+from following import Client
+from installation import Installation
+from leasehold.client import LeaseholdError, connect
 from leasehold.client.clock import now
 from leasehold.client.dev import DevCluster
 from leasehold.client.nbd import NbdClient
 from leasehold.etcd.v3 import kv_pb2
-from leasehold.store.codec import decode
 from leasehold.store.connection import Connection, EtcdConfig, Method
 from leasehold.store.errors import LeaseNotFound
 from leasehold.store.keys import DEFAULT_PREFIX
-from leasehold.store.kv import KeyValue, Snapshot
-from leasehold.store.records import (
-    AccessRequest,
-    ChangeKind,
-    DeviceId,
-    Epoch,
-    Holder,
-    HolderState,
-    RequestState,
-    lease_id,
-)
-from leasehold.store.watch import Batch, Gap, follow
+from leasehold.store.records import DeviceId, lease_id
+from processes import cont, family, stop
+from stamps import BLOCK, STAMP, stamped
+from witness import Witness, check_history, check_requests, leftovers, unsettled, until
 
-BLOCK = 4096
 SIZE = 64 << 20
 BLOCKS = SIZE // BLOCK
-STAMP = struct.Struct(">QQ")
 TTL = 3
 FAULTS = 45.0
 """Seconds in which faults begin."""
@@ -62,14 +47,7 @@ IO = 3.0
 """Seconds until a client takes a connection that says nothing for dead."""
 OLD_PATHS = 6
 """How many old paths a writer keeps trying."""
-GAINS = (ChangeKind.ASSIGNED, ChangeKind.TRANSFERRED, ChangeKind.TAKEN_OVER)
 COMPACT = Method("/etcdserverpb.KV/Compact", kv_pb2.CompactionRequest, kv_pb2.CompactionResponse)
-
-
-def stamped(sequence: int, epoch: int) -> bytes:
-    head = STAMP.pack(sequence, epoch)
-    filling = hashlib.blake2b(head, digest_size=STAMP.size).digest()
-    return head + filling * (BLOCK // STAMP.size - 1)
 
 
 class Writer:
@@ -195,169 +173,11 @@ class Writer:
         assert epochs == sorted(epochs), f"{self.device}: a lower epoch after a higher"
 
 
-@dataclass
-class Client:
-    """Asks for its device, follows it, and asks again whenever that is over."""
-
-    cluster: DevCluster
-    writer: Writer
-    requests: dict[str, str] = field(default_factory=dict)
-    """How each request ended, as its client saw it: "" as long as it has not."""
-    granted: set[str] = field(default_factory=set)
-    epoch: int = 0
-    faults: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.over = False
-        self.leave = asyncio.Event()
-        self.abandon = False
-
-    def stop(self) -> None:
-        self.over = True
-        self.leave.set()
-
-    async def run(self) -> None:
-        released = True
-        while not self.over:
-            self.leave.clear()
-            self.abandon = False
-            request = f"{self.writer.device}-{len(self.requests) + 1}"
-            self.requests[request] = ""
-            try:
-                released = await self._use(request, released=released)
-                self.requests[request] = "released" if released else "abandoned"
-            except LeaseholdError as error:
-                released = released and not isinstance(error, AccessLost)
-                self.requests[request] = f"{type(error).__name__} {error.reason}: {error.message}"
-                # Nobody asks again at once what was just declined.
-                await asyncio.sleep(0.2)
-            finally:
-                self.writer.tell("", 0)
-
-    async def _use(self, request: str, *, released: bool) -> bool:
-        """Until told to leave; whether the last access was given back, as it was before: `released`."""
-        device = self.writer.device
-        async with connect(*self.cluster.endpoints) as leasehold:
-            access = leasehold.access(device, client="chaos", request=request)
-            entering = asyncio.create_task(access.__aenter__())
-            leaving = asyncio.create_task(self.leave.wait())
-            await asyncio.wait({entering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            leaving.cancel()
-            if not entering.done():
-                entering.cancel()
-                await asyncio.wait({entering})
-                return released
-            entering.result()
-            error: BaseException | None = None
-            try:
-                self.granted.add(request)
-                if access.epoch < self.epoch or (access.epoch == self.epoch and not released):
-                    self.faults.append(f"{request} was granted epoch {access.epoch} after {self.epoch}")
-                self._follow(access)
-                await self._hold(access)
-                self.writer.tell("", 0)
-            except BaseException as raised:
-                error = raised
-                raise
-            finally:
-                if self.abandon:
-                    access.abandon()
-                await access.__aexit__(type(error) if error else None, error, None)
-            return not self.abandon
-
-    async def _hold(self, access: Access) -> None:
-        async def changes() -> None:
-            async for _ in access.changes():
-                self._follow(access)
-
-        tasks = {asyncio.create_task(changes()), asyncio.create_task(self.leave.wait())}
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-    def _follow(self, access: Access) -> None:
-        if access.epoch < self.epoch:
-            self.faults.append(f"{access.request} fell from epoch {self.epoch} to {access.epoch}")
-        self.epoch = access.epoch
-        self.writer.tell(access.path, access.epoch)
-
-
-class Witness:
-    """Every change that etcd told of, judged as it comes. Compactions and restarts may hide some."""
-
-    def __init__(self, installation: Installation) -> None:
-        self._installation = installation
-        self.states: dict[str, list[RequestState]] = {}
-        self.faults: list[str] = []
-        self._epochs: dict[str, Epoch] = {}
-        self._seen = 0
-
-    async def behind(self) -> str:
-        """What it has still to be told of; nothing if it knows all that stands."""
-        latest = max(item.mod_revision for item in await self._installation.everything())
-        return f"told of {self._seen}, not yet of {latest}" if self._seen < latest else ""
-
-    async def run(self) -> None:
-        keys = self._installation.keys
-        async with aclosing(follow(self._installation.connection, keys.prefix)) as changes:
-            async for change in changes:
-                match change:
-                    case Batch(revision, events):
-                        found = [event.kv for event in events if event.kv is not None]
-                    case Gap(Snapshot(revision, items)) | Snapshot(revision, items):
-                        found = list(items)
-                for kv in found:
-                    self._see(kv)
-                self._seen = revision
-
-    def _see(self, kv: KeyValue) -> None:
-        keys = self._installation.keys
-        if kv.key.startswith(keys.requests):
-            request = decode(AccessRequest, kv).value
-            states = self.states.setdefault(request.request, [])
-            if states[-1:] != [request.state]:
-                states.append(request.state)
-        elif kv.key.startswith(keys.holders):
-            holder = decode(Holder, kv).value
-            if kv.lease == 0:
-                self.faults.append(f"{holder} of revision {kv.mod_revision} has no lease")
-            if holder.epoch < self._epochs.get(holder.device, 0):
-                self.faults.append(f"{holder} of revision {kv.mod_revision} has an epoch that is over")
-            self._epochs[holder.device] = holder.epoch
-
-    def check(self) -> None:
-        assert not self.faults
-        for request, states in self.states.items():
-            known = [RequestState.PENDING, RequestState.GRANTED, RequestState.ENDED]
-            assert states[-1].over, f"{request} never ended: {states}"
-            refused = [state for state in states if state is not RequestState.PENDING]
-            assert len(refused) == 1 or states == [state for state in known if state in states], (
-                f"{request}: {states}"
-            )
-
-
-def family(pid: int) -> list[int]:
-    """`pid` and its descendants, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
-    found = [pid]
-    for parent in found:
-        found.extend(children.get(parent, ()))
-    return found
-
-
 class Chaos:
     """Draws one fault after another, and heals each before the next."""
 
     def __init__(
-        self, cluster: DevCluster, installation: Installation, clients: list[Client], seed: int
+        self, cluster: DevCluster, installation: Installation, clients: list[Client[Writer]], seed: int
     ) -> None:
         self._cluster = cluster
         self._installation = installation
@@ -433,12 +253,9 @@ class Chaos:
         process = self._cluster.process(name)
         process.pause()
         members = family(process.pid)[1:]
-        for pid in members:
-            os.kill(pid, signal.SIGSTOP)
+        stop(members)
         await asyncio.sleep(down)
-        for pid in members:
-            # Stopped as they are, none can have gone and given its number to another.
-            os.kill(pid, signal.SIGCONT)
+        cont(members)
         process.resume()
 
     async def revoke_lease(self) -> None:
@@ -492,66 +309,6 @@ class Chaos:
 
     def _device(self) -> DeviceId:
         return DeviceId(self._draw.choice(self._clients).writer.device)
-
-
-async def until(holds: Callable[[], Awaitable[str]], seconds: float) -> float:
-    """Wait until `holds` has nothing to say; how long that took."""
-    start = now()
-    while reason := await holds():
-        assert now() < start + seconds, reason
-        await asyncio.sleep(0.05)
-    return now() - start
-
-
-async def unsettled(installation: Installation, clients: list[Client]) -> str:
-    """Which client does not write under the epoch that stands; nothing if all do."""
-    for client in clients:
-        state = await installation.state(DeviceId(client.writer.device))
-        holder = state.holder.value if state.holder else None
-        if holder is None or holder.state is not HolderState.ACTIVE:
-            return f"{state.device} is not active: {holder}, unreleased {state.unreleased}"
-        if not client.epoch == client.writer.written == holder.epoch:
-            return (
-                f"{state.device} is active in epoch {holder.epoch}, its client is told of {client.epoch} and"
-                f" has written in {client.writer.written}; its grants are {state.grants}"
-            )
-        if {item.epoch for item in state.unreleased} != {holder.epoch}:
-            return f"{state.device} is held in epoch {holder.epoch}, with {state.unreleased} unreleased"
-    return ""
-
-
-async def leftovers(installation: Installation) -> str:
-    """What still stands of requests, all of which are over."""
-    prefix = installation.keys.prefix
-    left = [
-        item.key
-        for item in await installation.everything()
-        if item.key.removeprefix(prefix).split("/")[0] in ("queue", "grants", "clients")
-    ]
-    return f"left behind: {left}" if left else ""
-
-
-async def check_history(installation: Installation, device: DeviceId) -> None:
-    await examine(installation, device)
-    changes = [entry.value for entry in await installation.history(device)]
-    gained = [change.gained.epoch for change in changes if change.kind in GAINS and change.gained]
-    assert gained == list(range(1, len(gained) + 1)), "an epoch twice, or out of order, or of nobody"
-
-
-async def check_requests(installation: Installation, clients: list[Client]) -> None:
-    found = {
-        str(item.value.request): item.value
-        for item in (
-            decode(AccessRequest, kv)
-            for kv in (await installation.kv.get_prefix(installation.keys.requests)).items
-        )
-    }
-    for client in clients:
-        for request, seen in client.requests.items():
-            if request in client.granted:
-                assert found[request].state is RequestState.ENDED, f"{seen}: {found[request]}"
-            elif request in found:
-                assert found[request].state.over, f"{seen}: {found[request]}"
 
 
 async def use_once(cluster: DevCluster, device: str) -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from etcd_server import EtcdCluster, EtcdServer, Proxy
 from leasehold.client.dev import free_port
+from leasehold.etcd.v3 import kv_pb2
+from leasehold.store.alarms import Alarm
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.errors import ClusterMismatch, OutcomeUnknown, Unavailable, Unreachable
-from leasehold.store.kv import Kv, absent, put
+from leasehold.store.kv import RANGE, Kv, absent, put
 from leasehold.store.watch import watch
 
 
@@ -191,14 +193,19 @@ async def test_a_server_that_comes_back_is_found_again(prefix: str) -> None:
             assert await Kv(connection).get(f"{prefix}a", timeout=20) is not None
 
 
-async def test_an_endpoint_of_another_cluster_is_refused_before_anything_is_written(
+async def test_an_endpoint_of_another_cluster_is_refused_and_the_right_one_is_used(
     shared_etcd: EtcdServer, cluster: EtcdCluster, prefix: str
 ) -> None:
     config = EtcdConfig((shared_etcd.endpoint, cluster.endpoints[0]))
     async with Connection(config) as mixed:
         await Kv(mixed).put(f"{prefix}a", b"1")
         mixed.failed(0)
+        await Kv(mixed).put(f"{prefix}b", b"1")
+        assert mixed.current == 0
+        assert Alarm.CLUSTER_MISMATCH in mixed.alarms.standing
         with pytest.raises(ClusterMismatch):
-            await Kv(mixed).put(f"{prefix}b", b"1")
+            await mixed.ask(1, RANGE, kv_pb2.RangeRequest(key=b"/b"), timeout=5)
+    async with Connection(EtcdConfig((shared_etcd.endpoint,))) as right:
+        assert await Kv(right).get(f"{prefix}b") is not None
     async with Connection(EtcdConfig(cluster.endpoints)) as other:
         assert await Kv(other).get(f"{prefix}b") is None

@@ -8,8 +8,6 @@ tries to write as well.
 """
 
 import asyncio
-import hashlib
-import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +21,9 @@ from leasehold.client.dev import DevCluster
 from leasehold.client.nbd import NbdClient
 from leasehold.client.sync import connect as connect_sync
 from leasehold.v1 import records_pb2
+from stamps import BLOCK, stamp_of, stamped
 
-BLOCK = 4096
 TRANSFERS = 200
-STAMP = struct.Struct(">QQ")
 CLIENTS = 3
 REGION = 8 << 30
 """Bytes for each client, more than it can write in the time. The image is sparse."""
@@ -36,18 +33,6 @@ REGION = 8 << 30
 def cluster() -> Iterator[DevCluster]:
     with DevCluster(devices=1, size=CLIENTS * REGION) as running:
         yield running
-
-
-def stamped(sequence: int, epoch: int) -> bytes:
-    head = STAMP.pack(sequence, epoch)
-    filling = hashlib.blake2b(head, digest_size=STAMP.size).digest()
-    return head + filling * (BLOCK // STAMP.size - 1)
-
-
-def stamp_of(block: bytes) -> tuple[int, int]:
-    sequence, epoch = STAMP.unpack(block[: STAMP.size])
-    assert block == stamped(sequence, epoch), "a torn block"
-    return sequence, epoch
 
 
 @dataclass
@@ -176,7 +161,9 @@ def check_image(image: Path, writer: Writer) -> None:
     with image.open("rb") as file:
         file.seek(writer.offset)
         for sequence in range(len(writer.acknowledged)):
-            found[sequence] = stamp_of(file.read(BLOCK))
+            stamp = stamp_of(file.read(BLOCK))
+            assert stamp is not None, "a block that was acknowledged is lost"
+            found[sequence] = stamp
     assert {sequence: epoch for sequence, (_, epoch) in found.items()} == writer.acknowledged
     assert all(sequence == stamped_as for sequence, (stamped_as, _) in found.items())
     epochs = [epoch for _, epoch in found.values()]

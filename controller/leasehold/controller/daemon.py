@@ -37,6 +37,7 @@ from leasehold.controller.relay import SERVICES, Relay
 from leasehold.controller.session import Session
 from leasehold.runtime.api import ApiServer
 from leasehold.runtime.config import ConfigError
+from leasehold.runtime.etcd_health import watch_etcd
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
@@ -150,6 +151,15 @@ class Daemon:
         self._run(self._relay.follow(connection, config.keys))
         self._run(watch_health(self.agent))
         self._run(watch_records(self.agent, context))
+        self._run(
+            watch_etcd(
+                connection.alarms,
+                lambda: self.session.lease,
+                config.timing.session_ttl,
+                "nothing is written here any more until etcd answers and devices are given anew",
+                self._server,
+            )
+        )
         self._run(self._checkpoints(journal))
         self._session_task = self._run(self._keep_session())
         self._fencer_task = self._run(self._keep_fencer())

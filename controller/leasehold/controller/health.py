@@ -15,7 +15,7 @@ from leasehold.controller.context import Context
 from leasehold.controller.driver import DriverError
 from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode
-from leasehold.store.errors import Unavailable
+from leasehold.store.errors import StoreError
 from leasehold.store.kv import KeyValue, get
 from leasehold.store.records import DeviceId, Epoch, Holder
 
@@ -55,7 +55,7 @@ async def watch_records(agent: Agent, context: Context) -> None:
             reads = (get(context.keys.holder(hold.device)) for hold in some)
             try:
                 _, ranges = await context.kv.read(*reads, timeout=context.timing.call)
-            except Unavailable as error:
+            except StoreError as error:
                 _log.warning("the records of what is served can not be looked at: %s", error)
                 break
             for hold, found in zip(some, ranges, strict=True):

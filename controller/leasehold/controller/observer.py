@@ -16,7 +16,7 @@ from leasehold.controller.contest import Contest
 from leasehold.controller.context import Context
 from leasehold.controller.session import Session
 from leasehold.store.codec import Stored, Unreadable, decode
-from leasehold.store.errors import Unavailable
+from leasehold.store.errors import StoreError
 from leasehold.store.kv import KeyValue, Snapshot
 from leasehold.store.records import (
     Assignment,
@@ -145,7 +145,7 @@ class Observer:
             self._sweep_now.clear()
             try:
                 await self.sweep()
-            except Unavailable as error:
+            except StoreError as error:
                 _log.warning("the sweep is put off: %s", error)
 
     async def _follow(
@@ -215,7 +215,7 @@ class Observer:
         prefix = context.keys.assignments(gone)
         try:
             assigned = await context.kv.get_prefix(prefix)
-        except Unavailable as error:
+        except StoreError as error:
             _log.warning("the devices of %s are not known, everything is looked at: %s", gone, error)
             self._sweep_now.set()
             return

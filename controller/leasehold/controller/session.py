@@ -18,8 +18,9 @@ from dataclasses import replace
 from leasehold.controller.context import Context
 from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
 from leasehold.store.codec import Unreadable, decode, encode
-from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.errors import AccessDenied, Corrupt, NoSpace, OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import put, unchanged
+from leasehold.store.leases import Lease
 from leasehold.store.records import Controller, InstanceId, LeaseId, lease_id, lease_number
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class Session:
     def me(self) -> Controller | None:
         """The registration that stands, as far as is known here. None without a session."""
         return self._registered.record if self._registered else None
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease of the session. None without one."""
+        return self._registered.lease if self._registered else None
 
     async def begin(self) -> None:
         """Register. Raises NameTaken if another controller is registered under the name.
@@ -78,7 +84,8 @@ class Session:
                 await self._give_back_again(taken.lease)
                 await asyncio.sleep(_LOOK)
                 continue
-            except (SessionLost, OutcomeUnknown, Unavailable) as error:
+            except (SessionLost, OutcomeUnknown, Unavailable, NoSpace, AccessDenied, Corrupt) as error:
+                # The last three a person ends, and there is an alarm for each.
                 _log.warning("not registered yet: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_RETRY)

@@ -24,10 +24,11 @@ from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
+from leasehold.runtime.etcd_health import watch_etcd
 from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
-from leasehold.store.errors import OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.errors import AccessDenied, Corrupt, NoSpace, OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Kv
-from leasehold.store.leases import LeaseKeeper
+from leasehold.store.leases import Lease, LeaseKeeper
 from leasehold.store.records import Coordinator, LeaseId, new_instance
 from leasehold.store.version import check_version
 from leasehold.v1 import access_pb2_grpc, controllers_pb2_grpc, devices_pb2_grpc, history_pb2_grpc
@@ -126,6 +127,15 @@ async def _serve(config: CoordinatorConfig) -> None:
                 endpoint = config.listening.endpoint(await server.start())
                 await registration.begin(endpoint)
                 group.create_task(registration.keep(cluster))
+                group.create_task(
+                    watch_etcd(
+                        connection.alarms,
+                        lambda: registration.lease,
+                        config.session_ttl,
+                        "no request is taken or decided here; holders go on until their own deadlines",
+                        server,
+                    )
+                )
                 group.create_task(loop.run())
                 group.create_task(Sweep(cluster, ledger, config.coordinator).run())
                 await leases.warm()
@@ -147,6 +157,11 @@ class _Registration:
         self._instance = new_instance()
         self._registered: Registered[Coordinator] | None = None
 
+    @property
+    def lease(self) -> Lease | None:
+        """The lease of the session. None without one."""
+        return self._registered.lease if self._registered else None
+
     async def begin(self, endpoint: str) -> None:
         """Register. Another of this name may just have died: it is waited for as long as a session lives.
 
@@ -162,7 +177,8 @@ class _Registration:
                 if not ours and asyncio.get_running_loop().time() >= end:
                     raise
                 _log.warning("waiting for it to be gone: %s", error)
-            except (Unavailable, OutcomeUnknown, SessionLost) as error:
+            except (Unavailable, OutcomeUnknown, SessionLost, NoSpace, AccessDenied, Corrupt) as error:
+                # The last three a person ends, and there is an alarm for each.
                 _log.warning("not registered yet: %s", error)
             except NameSpoiled as spoiled:
                 await changed(self._kv, spoiled)

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 DOMAIN = "leasehold"
 MAX_MESSAGE = 1 << 20
 """Bytes of the largest message taken; no record comes near it."""
+NO_SPACE_RETRY = 5.0
+"""Seconds after which to ask again where etcd's space quota is used up."""
 STALL = 10.0
 """Seconds in which a client is to take the next message of its stream."""
 
@@ -49,7 +51,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 _MAPPED: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (NotPossible, grpc.StatusCode.FAILED_PRECONDITION, "NOT_POSSIBLE"),
     (Unreadable, grpc.StatusCode.FAILED_PRECONDITION, "RECORD_UNREADABLE"),
-    (errors.NoSpace, grpc.StatusCode.RESOURCE_EXHAUSTED, "ETCD_NO_SPACE"),
     (errors.OutcomeUnknown, grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"),
     (errors.AccessDenied, grpc.StatusCode.UNAVAILABLE, "ETCD_ACCESS_DENIED"),
     (errors.StoreError, grpc.StatusCode.UNAVAILABLE, "ETCD_UNAVAILABLE"),
@@ -73,6 +74,9 @@ class ApiError(Exception):
             return error
         if isinstance(error, InvalidId):
             return cls(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ID", str(error), field=error.kind)
+        if isinstance(error, errors.NoSpace):
+            # A person has to free space first; till then whoever asks is told so, and may wait.
+            return Exhausted("ETCD_NO_SPACE", str(error), NO_SPACE_RETRY)
         for kind, code, reason in _MAPPED:
             if isinstance(error, kind):
                 return cls(code, reason, str(error))
@@ -237,6 +241,11 @@ class ApiServer:
     async def ready(self) -> None:
         """Tell health checks that calls are served from now on."""
         await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def tell(self, service: str, *, serving: bool) -> None:
+        """What health checks for `service` are answered from now on."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
         """Take no new calls, and end those under way after `grace` seconds."""

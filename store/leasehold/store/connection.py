@@ -26,9 +26,12 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay
 
 from leasehold.etcd.v3 import kv_pb2, maintenance_pb2
 from leasehold.store import pem
+from leasehold.store.alarms import Alarm, Alarms
 from leasehold.store.errors import (
     AccessDenied,
     ClusterMismatch,
+    Corrupt,
+    NoSpace,
     OutcomeUnknown,
     StoreError,
     Unavailable,
@@ -78,12 +81,15 @@ R = TypeVar("R", bound=Reply)
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Q, R]):
-    """A method of etcd. `leader`: a member that knows no leader is of no use for it."""
+    """A method of etcd. `leader`: a member that knows no leader is of no use for it. `linearizable`: its
+    reply shows every commit that was answered before. `spends`: at NOSPACE etcd refuses it."""
 
     path: str
     request: type[Q]
     reply: type[R]
     leader: bool = True
+    linearizable: bool = False
+    spends: bool = False
 
 
 STATUS = Method(
@@ -220,8 +226,16 @@ class Connection:
         self._current = 0
         self._cluster = 0
         self.term = 0
+        self.revision = 0
+        """The highest that any reply told of."""
+        self.rewinds = 0
+        """How often etcd was found to have gone back to an earlier state."""
+        self.alarms = Alarms()
         self._identified: set[int] = set()
-        self._channels = [_channel(config, target) for target in config.targets]
+        self._foreign: set[int] = set()
+        self._pem = _files(config)
+        self._channels = [_channel(config, target, self._pem) for target in config.targets]
+        self._retired: set[asyncio.Task[None]] = set()
         self._stubs: list[dict[str, Any]] = [{} for _ in self._channels]
 
     async def __aenter__(self) -> Self:
@@ -234,7 +248,7 @@ class Connection:
 
     async def close(self) -> None:
         """Cancel what is under way and disconnect."""
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close() for channel in self._channels), *self._retired)
 
     @property
     def current(self) -> int:
@@ -274,16 +288,40 @@ class Connection:
 
     def check(self, endpoint: int, reply: Reply) -> None:
         """Raises `ClusterMismatch` unless `reply` comes from the cluster that answered first."""
-        self.term = max(self.term, reply.header.raft_term)
         cluster = reply.header.cluster_id
-        if cluster == self._cluster:
-            self._identified.add(endpoint)
-            return
-        if self._cluster:
-            name = self.endpoints[endpoint]
-            raise ClusterMismatch(f"{name} is of cluster {cluster:x}, this connection of {self._cluster:x}")
+        if self._cluster and cluster != self._cluster:
+            wrong = ClusterMismatch(
+                f"{self.endpoints[endpoint]} is of cluster {cluster:x}, this connection of {self._cluster:x}"
+            )
+            self._foreign.add(endpoint)
+            self.alarms.raised(Alarm.CLUSTER_MISMATCH, str(wrong))
+            raise wrong
         self._cluster = cluster
+        if self._foreign:
+            self._foreign.discard(endpoint)
+            if not self._foreign:
+                self.alarms.over(Alarm.CLUSTER_MISMATCH)
         self._identified.add(endpoint)
+        self.term = max(self.term, reply.header.raft_term)
+        self.revision = max(self.revision, reply.header.revision)
+
+    def _check_forward(self, known: int, reply: Reply) -> None:
+        """Count a rewind if a linearizable `reply` shows less than was `known` before it was asked for."""
+        found = reply.header.revision
+        if found >= known or self.revision < known:
+            # Who asked at the same time may have noticed before.
+            return
+        self.revision = found
+        self.rewinds += 1
+        self.alarms.happened(
+            Alarm.WENT_BACK, f"it is at revision {found} and has told of revision {known} before"
+        )
+
+    def _judge(self, error: StoreError) -> None:
+        """Raise the alarm for what only a person can mend."""
+        for kind, alarm in _ALARMING:
+            if isinstance(error, kind):
+                self.alarms.raised(alarm, str(error))
 
     async def _call(self, method: Method[Q, R], request: Q, timeout: float | None, *, write: bool) -> R:
         loop = asyncio.get_running_loop()
@@ -341,10 +379,15 @@ class Connection:
         stub = self._stub(endpoint, method)
         call = stub(request, timeout=timeout, metadata=_LEADER if method.leader else None)
         patience = _Patience(self, endpoint, call) if write else None
+        known = self.revision
         try:
             reply: R = await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, endpoint=name, write=write) from None
+            failure = from_rpc(error, endpoint=name, write=write)
+            if method is not STATUS:
+                # With auth on, Status may be kept for administrators.
+                self._judge(failure)
+            raise failure from None
         except asyncio.CancelledError:
             if patience is None or not patience.reason:
                 raise
@@ -353,6 +396,12 @@ class Connection:
             if patience:
                 patience.end()
         self.check(endpoint, reply)
+        if method.linearizable:
+            self._check_forward(known, reply)
+        if write:
+            self.alarms.over(Alarm.CORRUPT, Alarm.ACCESS_DENIED)
+        if method.spends:
+            self.alarms.over(Alarm.NO_SPACE)
         return reply
 
     async def _identify(self, endpoint: int, timeout: float) -> None:
@@ -387,6 +436,8 @@ class Connection:
         name = self.endpoints[endpoint]
         if not self.config.secure:
             return f"{name}: can not be connected to"
+        if self._renew_files():
+            return f"{name}: could not be connected to; the certificates have changed and are read anew"
         # A channel does not say why it failed, but a call on it does, and at once.
         call = self._stub(endpoint, STATUS)(maintenance_pb2.StatusRequest(), timeout=_ASIDE)
         try:
@@ -394,6 +445,27 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             return f"{name}: can not be connected to: {pem.explain(error.details() or '', secure=True)}"
         return f"{name}: could not be connected to, and can be again"
+
+    def _renew_files(self) -> bool:
+        """Take up certificates that were replaced. Whether they were; what can not be used is left alone."""
+        try:
+            found = _files(self.config)
+        except ValueError as error:
+            self.alarms.raised(Alarm.CREDENTIALS, str(error))
+            return False
+        if found == self._pem:
+            return False
+        self._pem = found
+        self.alarms.over(Alarm.CREDENTIALS)
+        for number, target in enumerate(self.config.targets):
+            old = self._channels[number]
+            self._channels[number] = _channel(self.config, target, found)
+            self._stubs[number] = {}
+            # What is under way through a channel that still works has a moment to end.
+            task = asyncio.create_task(old.close(ATTEMPT))
+            self._retired.add(task)
+            task.add_done_callback(self._retired.discard)
+        return True
 
     def _stub(self, endpoint: int, method: Method[Q, R], *, stream: bool = False) -> Any:
         stubs = self._stubs[endpoint]
@@ -450,9 +522,19 @@ class _Patience:
         self._call.cancel()
 
 
-def _channel(config: EtcdConfig, target: str) -> grpc.aio.Channel:
+_ALARMING: tuple[tuple[type[StoreError], Alarm], ...] = (
+    (NoSpace, Alarm.NO_SPACE),
+    (Corrupt, Alarm.CORRUPT),
+    (AccessDenied, Alarm.ACCESS_DENIED),
+)
+
+
+def _files(config: EtcdConfig) -> pem.Pem:
+    return pem.read(config.ca_file, config.cert_file, config.key_file)
+
+
+def _channel(config: EtcdConfig, target: str, files: pem.Pem) -> grpc.aio.Channel:
     if not config.secure:
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
-    found = pem.read(config.ca_file, config.cert_file, config.key_file)
-    credentials = grpc.ssl_channel_credentials(found.ca, found.key, found.cert)
+    credentials = grpc.ssl_channel_credentials(files.ca, files.key, files.cert)
     return grpc.aio.secure_channel(target, credentials, options=_OPTIONS)

@@ -3,14 +3,14 @@
 ```
 StoreError
 ├── Unavailable           nothing was done, as far as is known: try again later
-│   └── Unreachable       no endpoint could be connected to: try later, check addresses and certificates
+│   ├── Unreachable       no endpoint could be connected to: try later, check addresses and certificates
+│   └── ClusterMismatch   an endpoint belongs to another cluster: the others serve, the configuration is wrong
 ├── OutcomeUnknown        a write was sent and not answered: read back, never blindly repeat
 ├── LeaseNotFound         the lease is gone and nothing was applied: stop what depended on it
 ├── Compacted             the revision asked for is gone: read everything anew
 ├── NoSpace               no puts or grants until an operator frees space; deletes and renewals work
 ├── Corrupt               etcd found its members to differ: stop, an operator must repair it
 ├── AccessDenied          these credentials may not do this
-├── ClusterMismatch       an endpoint belongs to another cluster: the configuration is wrong
 ├── UnsupportedVersion    this etcd must not be used
 └── InvalidRequest        the request can never succeed as it is: too many operations, too large, malformed
     └── LeaseExists       the lease id is taken
@@ -35,6 +35,11 @@ class Unavailable(StoreError):
 
 class Unreachable(Unavailable):
     """No endpoint could be connected to before the deadline."""
+
+
+class ClusterMismatch(Unavailable):
+    """An endpoint answered for another cluster than the one this connection began with. It is not
+    believed."""
 
 
 class OutcomeUnknown(StoreError):
@@ -66,10 +71,6 @@ class Corrupt(StoreError):
 
 class AccessDenied(StoreError):
     """etcd does not let these credentials do this."""
-
-
-class ClusterMismatch(StoreError):
-    """An endpoint answered for another cluster than the one this connection began with."""
 
 
 class UnsupportedVersion(StoreError):
@@ -128,6 +129,8 @@ def from_rpc(error: AioRpcError, *, endpoint: str, write: bool) -> StoreError:
     details = error.details() or ""
     code = error.code()
     message = f"{endpoint}: {details or 'no details'} ({code.name})"
+    if "database space exceeded" in details:
+        message = f"etcd's space quota is used up, so nothing new can be written until it is freed: {message}"
     for text, leaf in _BY_TEXT:
         if text in details:
             return leaf(message)

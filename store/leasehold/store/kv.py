@@ -10,11 +10,12 @@ from enum import Enum
 from typing import TypeAlias
 
 from leasehold.etcd.v3 import kv_pb2
+from leasehold.store.alarms import Alarm
 from leasehold.store.connection import Connection, Method
 from leasehold.store.errors import Compacted, InvalidRequest
 
-TXN = Method("/etcdserverpb.KV/Txn", kv_pb2.TxnRequest, kv_pb2.TxnResponse)
-RANGE = Method("/etcdserverpb.KV/Range", kv_pb2.RangeRequest, kv_pb2.RangeResponse)
+TXN = Method("/etcdserverpb.KV/Txn", kv_pb2.TxnRequest, kv_pb2.TxnResponse, linearizable=True)
+RANGE = Method("/etcdserverpb.KV/Range", kv_pb2.RangeRequest, kv_pb2.RangeResponse, linearizable=True)
 
 MAX_OPERATIONS = 128
 """etcd's limit (--max-txn-ops) for each of the compares and the two branches of a transaction."""
@@ -233,6 +234,9 @@ class Kv:
         reads_only = all(isinstance(operation, Get) for operation in (*then, *otherwise))
         call = self.connection.read if reads_only else self.connection.write
         reply = await call(TXN, request, timeout=timeout)
+        if any(isinstance(operation, Put) for operation in (*then, *otherwise)):
+            # Without space etcd refuses it before it looks at the compares.
+            self.connection.alarms.over(Alarm.NO_SPACE)
         ranges = tuple(
             tuple(map(from_proto, response.response_range.kvs))
             for response in reply.responses

@@ -41,7 +41,9 @@ from leasehold.store.errors import (
     Unavailable,
 )
 
-GRANT = Method("/etcdserverpb.Lease/LeaseGrant", lease_pb2.LeaseGrantRequest, lease_pb2.LeaseGrantResponse)
+GRANT = Method(
+    "/etcdserverpb.Lease/LeaseGrant", lease_pb2.LeaseGrantRequest, lease_pb2.LeaseGrantResponse, spends=True
+)
 REVOKE = Method(
     "/etcdserverpb.Lease/LeaseRevoke", lease_pb2.LeaseRevokeRequest, lease_pb2.LeaseRevokeResponse
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from leasehold.etcd.v3 import maintenance_pb2
 from leasehold.store.connection import STATUS, Connection
-from leasehold.store.errors import StoreError, Unreachable, UnsupportedVersion
+from leasehold.store.errors import ClusterMismatch, StoreError, Unreachable, UnsupportedVersion
 
 Version = tuple[int, int, int]
 
@@ -57,7 +57,8 @@ async def check_version(
     """Ask every member for its version, each within `timeout` seconds.
 
     With `throwaway`, for data that may be lost, releases that lose transactions only bring a warning. Raises
-    `UnsupportedVersion`; `Unreachable` if no member answers.
+    `UnsupportedVersion`; `ClusterMismatch` if they are not all of one cluster; `Unreachable` if no member
+    answers.
     """
     names = connection.endpoints
     answers = await asyncio.gather(
@@ -70,6 +71,9 @@ async def check_version(
     found: dict[Version, list[str]] = {}
     warnings: list[str] = []
     for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, ClusterMismatch):
+            # Which of them is the right one nobody can tell who has not used any yet.
+            raise answer
         if isinstance(answer, StoreError):
             warnings.append(f"{name} did not say which etcd it runs: {answer}")
         elif isinstance(answer, BaseException):

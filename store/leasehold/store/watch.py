@@ -87,8 +87,11 @@ async def watch(
     start_revision: int,
     prev_kv: bool = False,
     deletes_only: bool = False,
+    rewinds: int | None = None,
 ) -> AsyncGenerator[Batch, None]:
     """Every change under `prefix` from `start_revision` on, in order, each once.
+
+    `rewinds` is the connection's from before `start_revision` was learned, by default that of now.
 
     Waits as long as etcd is unavailable. Raises `Compacted` when the next revision can not be had any more,
     or etcd has gone back behind it; `AccessDenied`; `ClusterMismatch`.
@@ -107,6 +110,7 @@ async def watch(
         fragment=True,
     )
     following = start_revision
+    rewinds = connection.rewinds if rewinds is None else rewinds
     backoff = Backoff(len(connection.endpoints))
     while True:
         endpoint = connection.current
@@ -117,6 +121,9 @@ async def watch(
             create.start_revision = following
             async with aclosing(_replies(stream, create)) as replies:
                 async for reply in replies:
+                    _check_not_rewound(connection, rewinds)
+                    if reply is None:
+                        continue
                     if reply.created:
                         backoff.reset()
                         await _check_not_behind(connection, prefix, following, reply)
@@ -148,6 +155,7 @@ async def follow(
     is unavailable. Raises `AccessDenied`, `ClusterMismatch` and other errors that waiting does not cure.
     """
     kv = Kv(connection)
+    rewinds = connection.rewinds
     snapshot = await _snapshot(kv, prefix)
     yield snapshot
     following = snapshot.revision + 1
@@ -155,7 +163,12 @@ async def follow(
         try:
             async with aclosing(
                 watch(
-                    connection, prefix, start_revision=following, prev_kv=prev_kv, deletes_only=deletes_only
+                    connection,
+                    prefix,
+                    start_revision=following,
+                    prev_kv=prev_kv,
+                    deletes_only=deletes_only,
+                    rewinds=rewinds,
                 )
             ) as batches:
                 async for batch in batches:
@@ -163,6 +176,7 @@ async def follow(
                     yield batch
         except Compacted as error:
             _log.warning("watch of %s lost its place at revision %d: %s", prefix, following, error)
+        rewinds = connection.rewinds
         snapshot = await _snapshot(kv, prefix)
         gap = Gap(snapshot, following, snapshot.revision)
         following = snapshot.revision + 1
@@ -181,7 +195,7 @@ async def _snapshot(kv: Kv, prefix: str) -> Snapshot:
 
 async def _check_not_behind(connection: Connection, prefix: str, following: int, created: _Reply) -> None:
     """Raises `Compacted` if the cluster has gone back: it would skip the revisions to come."""
-    if created.header.revision + 1 >= following:
+    if created.header.revision + 1 >= following and created.header.revision >= connection.revision:
         return
     # This member may just lag behind the others; only a linearizable read tells.
     revision, _ = await Kv(connection).read(get_prefix(prefix, limit=1))
@@ -189,10 +203,20 @@ async def _check_not_behind(connection: Connection, prefix: str, following: int,
         raise Compacted(f"etcd has gone back to revision {revision} from {following - 1} at least")
 
 
+def _check_not_rewound(connection: Connection, rewinds: int) -> None:
+    """Raises `Compacted` if etcd has gone back since.
+
+    It may have got by again what it was at, with other changes in the place of those that were seen.
+    """
+    if connection.rewinds != rewinds:
+        raise Compacted("etcd has gone back to an earlier state")
+
+
 async def _replies(
     stream: Stream[_Request, _Reply], create: watch_pb2.WatchCreateRequest
-) -> AsyncGenerator[_Reply, None]:
-    """What etcd says of the watch `create`; the first reply is its confirmation.
+) -> AsyncGenerator[_Reply | None, None]:
+    """What etcd says of the watch `create`; the first reply is its confirmation. None, now and then, for
+    nothing.
 
     Raises `Unavailable` when the stream ends or falls silent, and the watch's own errors.
     """
@@ -213,6 +237,7 @@ async def _replies(
                 for request in probe:
                     await _send(stream, request)
                 asked = True
+                yield None
                 continue
             reply, reading, asked = reading.result(), None, False
             if not created or reply.watch_id == create.watch_id:

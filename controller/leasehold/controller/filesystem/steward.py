@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from leasehold.controller.fencer.link import Link, Unguarded
@@ -177,6 +177,9 @@ class Steward:
         spec = VolumeSpec(**message["volume"])
         with self._changing:
             volume = self._volumes.setdefault((spec.device, spec.epoch), Volume(spec, self._gate, self._link))
+        if not volume.live:
+            # One that is only to be ended may be asked for again by another hold, with a slot of its own.
+            volume.spec = replace(volume.spec, slot=spec.slot)
         if volume.spec.slot != spec.slot or volume.spec.backing != spec.backing:
             raise VolumeFailed(f"it is known otherwise: {asdict(volume.spec)}")
         return volume

@@ -45,6 +45,9 @@ from leasehold.controller.nbd.backing import GONE
 RESERVED = ".leasehold"
 """The directory at the root of each filesystem that is Leasehold's."""
 
+_GENTLE_SECONDS = 0.2
+"""For a filesystem to write back what it has before it is shut down. It is shut down then in any case: a
+successor may come a margin and a hold-off after the deadline."""
 _SHUTDOWN_SECONDS = 2.0
 """For a filesystem to be shut down; it takes milliseconds."""
 _TURN_SECONDS = 2.0
@@ -90,6 +93,8 @@ class Volume:
         self._link = link
         self._turn = threading.Lock()
         self._descriptors = threading.Lock()
+        self._gently = threading.Lock()
+        self._gentle = threading.Event()
         self._ring = threading.Event()
         self._done = threading.Event()
         self._loop: loops.Loop | None = None
@@ -98,6 +103,7 @@ class Volume:
         self._root = -1
         self._failure = ""
         self._shown = False
+        self._guarded: int | None = None
 
     @property
     def live(self) -> bool:
@@ -145,6 +151,7 @@ class Volume:
             self._require_gate()
             self._mount = self._create(asked)
             self._watch_over()
+            self._guarded = spec.slot
             self._link.guard(spec.slot, spec.epoch, spec.mountpoint, spec.backing, self._root)
             if not self.spec.read_only:
                 self._probe()
@@ -260,10 +267,25 @@ class Volume:
         """Be ready to shut it down: no thread has to be started, and no path be walked, for that any more."""
         root = mount_api.root_of(self._mount)
         threading.Thread(target=self._shut_when_rung, args=(root,), daemon=True).start()
+        threading.Thread(target=self._shut_gently_when_rung, args=(root,), daemon=True).start()
         self._root = root
+
+    def _shut_gently_when_rung(self, root: int) -> None:
+        """So that no program is told that something is safe which is thrown away."""
+        self._ring.wait()
+        with self._gently:
+            try:
+                if self._root == root:
+                    mount_api.freeze_and_shut_down(root)
+            except OSError:
+                # Frozen by somebody already, or shut down: the other thread sees to it.
+                return
+            finally:
+                self._gentle.set()
 
     def _shut_when_rung(self, root: int) -> None:
         self._ring.wait()
+        self._gentle.wait(_GENTLE_SECONDS)
         with self._descriptors:
             if self._root != root:
                 return
@@ -301,7 +323,7 @@ class Volume:
     def _adopt(self) -> None:
         """Get hold of what an earlier instance left mounted. This one has no right to it."""
         number = mount_api.mounted_at(self.spec.mountpoint)
-        if number is None:
+        if number is None or self._mount >= 0:
             return
         self._node = mount_api.node_of(number)
         if self._loop is None:
@@ -309,7 +331,12 @@ class Volume:
             self._loop = loops.Loop(os.open(self._node, os.O_RDONLY | os.O_CLOEXEC), self._node)
         self._mount = mount_api.twin_of(self.spec.mountpoint)
         self._shown = True
-        self._watch_over()
+        try:
+            self._watch_over()
+        except OSError as error:
+            # XFS that is shut down lets nobody in. Nothing is left to be shut, and it can be unmounted.
+            if error.errno != errno.EIO:
+                raise
 
     def _sync(self) -> None:
         try:
@@ -355,11 +382,19 @@ class Volume:
                 ) from error
 
     def _let_go(self) -> None:
-        if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
+        if self._guarded is not None:
+            # Under the slot it was mounted with, whichever it is asked to end with. It was sealed before.
+            self._link.drop(self._guarded)
+            self._guarded = None
+        if not self._gently.acquire(timeout=_SHUTDOWN_SECONDS):
             raise VolumeFailed("its filesystem hangs and does not even shut down")
-        root, mount, self._root, self._mount = self._root, self._mount, -1, -1
-        self._descriptors.release()
-        self._link.drop(self.spec.slot)
+        try:
+            if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
+                raise VolumeFailed("its filesystem hangs and does not even shut down")
+            root, mount, self._root, self._mount = self._root, self._mount, -1, -1
+            self._descriptors.release()
+        finally:
+            self._gently.release()
         # The thread that would have shut it down sees that there is nothing left to shut.
         self._ring.set()
         for fd in (root, mount):
