@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -15,6 +16,13 @@ from leasehold.store.connection import Connection, EtcdConfig
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _prefixes = (f"/test-{number}/" for number in itertools.count(1))
+
+
+def pytest_configure() -> None:
+    named = os.environ.get("LEASEHOLD_ETCD")
+    # A thousand tests would fail with it, each in its own words.
+    if named and shutil.which(named) is None:
+        raise pytest.UsageError(f"LEASEHOLD_ETCD={named} is no program: name one, or unset it")
 
 
 @pytest.fixture(scope="session")

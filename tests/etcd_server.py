@@ -84,7 +84,11 @@ class EtcdServer:
         return self._directory / "data"
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
