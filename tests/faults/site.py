@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from chaos.test_chaos import SIZE, Client, Writer, check_history, until
+from chaos.test_chaos import SIZE, Writer
 from etcd_server import EtcdServer
 from faults.valve import Valve
+from following import Client
 from installation import Installation
 from leasehold.client import LeaseholdError, connect
 from leasehold.client import etcd as etcd_member
@@ -21,6 +22,7 @@ from leasehold.client.process import Nursery, Process
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.keys import DEFAULT_PREFIX
 from leasehold.store.records import DeviceId, Holder, HolderState
+from witness import check_history, until
 
 _numbers = itertools.count(1)
 
@@ -121,7 +123,7 @@ class Site(DevCluster):
 class Work:
     """Clients that write to the devices of a site, and what is looked at while they do."""
 
-    def __init__(self, site: Site, installation: Installation, clients: list[Client]) -> None:
+    def __init__(self, site: Site, installation: Installation, clients: list[Client[Writer]]) -> None:
         self.site = site
         self.installation = installation
         self.device = clients[0].writer.device
