@@ -5,8 +5,8 @@ Controller "a" reaches etcd only through valves, so that it can be cut off from 
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from chaos.test_chaos import SIZE, Writer
@@ -120,10 +120,28 @@ class Site(DevCluster):
         )
 
 
+class CountingWriter(Writer):
+    """A writer that tells how far it is."""
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        with super().at_work():
+            yield
+        # What one of its threads put aside after the other, which closes these, had ended.
+        for _, _, connection in self._old:
+            if connection is not None:
+                connection.close()
+
+    @property
+    def written_blocks(self) -> int:
+        """How many were acknowledged, less one."""
+        return self._last
+
+
 class Work:
     """Clients that write to the devices of a site, and what is looked at while they do."""
 
-    def __init__(self, site: Site, installation: Installation, clients: list[Client[Writer]]) -> None:
+    def __init__(self, site: Site, installation: Installation, clients: list[Client[CountingWriter]]) -> None:
         self.site = site
         self.installation = installation
         self.device = clients[0].writer.device
@@ -164,8 +182,8 @@ class Work:
         return now() - began
 
     @property
-    def writers(self) -> "list[CountingWriter]":
-        return [client.writer for client in self.clients if isinstance(client.writer, CountingWriter)]
+    def writers(self) -> list[CountingWriter]:
+        return [client.writer for client in self.clients]
 
     async def quiet(self) -> None:
         """Wait until no write is acknowledged any more, for half a second."""
@@ -191,12 +209,6 @@ class Work:
                     f"{client.epoch} and wrote in {writer.written}; how its requests went: {client.requests}"
                 )
         return ""
-
-
-class CountingWriter(Writer):
-    @property
-    def written_blocks(self) -> int:
-        return self._last
 
 
 @asynccontextmanager
