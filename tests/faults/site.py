@@ -5,13 +5,14 @@ Controller "a" reaches etcd only through valves, so that it can be cut off from 
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from chaos.test_chaos import SIZE, Client, Writer, check_history, until
+from chaos.test_chaos import SIZE, Writer
 from etcd_server import EtcdServer
 from faults.valve import Valve
+from following import Client
 from installation import Installation
 from leasehold.client import LeaseholdError, connect
 from leasehold.client import etcd as etcd_member
@@ -21,6 +22,7 @@ from leasehold.client.process import Nursery, Process
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.keys import DEFAULT_PREFIX
 from leasehold.store.records import DeviceId, Holder, HolderState
+from witness import check_history, until
 
 _numbers = itertools.count(1)
 
@@ -118,10 +120,28 @@ class Site(DevCluster):
         )
 
 
+class CountingWriter(Writer):
+    """A writer that tells how far it is."""
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        with super().at_work():
+            yield
+        # What one of its threads put aside after the other, which closes these, had ended.
+        for _, _, connection in self._old:
+            if connection is not None:
+                connection.close()
+
+    @property
+    def written_blocks(self) -> int:
+        """How many were acknowledged, less one."""
+        return self._last
+
+
 class Work:
     """Clients that write to the devices of a site, and what is looked at while they do."""
 
-    def __init__(self, site: Site, installation: Installation, clients: list[Client]) -> None:
+    def __init__(self, site: Site, installation: Installation, clients: list[Client[CountingWriter]]) -> None:
         self.site = site
         self.installation = installation
         self.device = clients[0].writer.device
@@ -162,8 +182,8 @@ class Work:
         return now() - began
 
     @property
-    def writers(self) -> "list[CountingWriter]":
-        return [client.writer for client in self.clients if isinstance(client.writer, CountingWriter)]
+    def writers(self) -> list[CountingWriter]:
+        return [client.writer for client in self.clients]
 
     async def quiet(self) -> None:
         """Wait until no write is acknowledged any more, for half a second."""
@@ -189,12 +209,6 @@ class Work:
                     f"{client.epoch} and wrote in {writer.written}; how its requests went: {client.requests}"
                 )
         return ""
-
-
-class CountingWriter(Writer):
-    @property
-    def written_blocks(self) -> int:
-        return self._last
 
 
 @asynccontextmanager

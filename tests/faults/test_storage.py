@@ -151,8 +151,15 @@ async def test_etcd_put_back_by_the_book_has_everything_read_anew(single: EtcdSe
 
 
 async def test_etcd_put_back_to_an_earlier_revision_is_noticed(single: EtcdServer, tmp_path: Path) -> None:
-    site = await _put_back(single, tmp_path, ())
-    assert _any(site, "WENT_BACK: etcd has gone back")
+    with Site(tmp_path / "site", [single]) as site:
+        await asyncio.to_thread(etcdctl, single, "snapshot", "save", str(tmp_path / "snapshot"))
+        async with at_work(site) as work:
+            await work.held_by("a")
+        await asyncio.to_thread(_restore, single, tmp_path / "snapshot", ())
+        await eventually(partial(_any, site, "WENT_BACK: etcd has gone back"), "nobody noticed")
+        # Of the devices that the backup does not know nobody has heard any more; others are served as before.
+        async with at_work(site) as work:
+            await work.held_by("b")
 
 
 def _any(site: Site, what: str) -> bool:
@@ -160,30 +167,28 @@ def _any(site: Site, what: str) -> bool:
     return any(what in log.read_text(errors="replace") for log in logs)
 
 
-async def _put_back(member: EtcdServer, tmp_path: Path, how: tuple[str, ...]) -> Site:
-    """Restore a snapshot under clients at work, after their devices changed hands."""
-    snapshot = tmp_path / "snapshot"
+def _restore(member: EtcdServer, snapshot: Path, how: tuple[str, ...]) -> None:
     utility = program().with_name("etcdutl")
     if not utility.exists():
         missing("etcdutl", "put it beside etcd")
+    member.wipe()
+    command = (
+        *(str(utility), "snapshot", "restore", str(snapshot), f"--name={member.name}"),
+        *(f"--data-dir={member.data}", f"--initial-cluster={member.cluster}"),
+        *(f"--initial-advertise-peer-urls={member.peer_url}", *how),
+    )
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    member.start()
+
+
+async def _put_back(member: EtcdServer, tmp_path: Path, how: tuple[str, ...]) -> Site:
+    """Restore a snapshot under clients at work."""
     with Site(tmp_path / "site", [member]) as site:
         async with at_work(site, history=False) as work:
             await work.held_by("b")
-            await asyncio.to_thread(etcdctl, member, "snapshot", "save", str(snapshot))
-            later = await work.held_by("a")
-            member.wipe()
-            command = (
-                *(str(utility), "snapshot", "restore", str(snapshot), f"--name={member.name}"),
-                *(f"--data-dir={member.data}", f"--initial-cluster={member.cluster}"),
-                *(f"--initial-advertise-peer-urls={member.peer_url}", *how),
-            )
-            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, timeout=30)
-            await asyncio.to_thread(member.start)
+            await asyncio.to_thread(etcdctl, member, "snapshot", "save", str(tmp_path / "snapshot"))
+            await asyncio.to_thread(_restore, member, tmp_path / "snapshot", how)
             await work.settled()
-            now_held = await work.holder()
-            assert now_held is not None
-            if now_held.controller == later.controller:
-                assert now_held.epoch >= later.epoch, "an epoch was given twice to one that knew it"
     return site
 
 

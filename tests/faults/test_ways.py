@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from chaos.test_chaos import until
 from equipment import missing
 from etcd_server import EtcdCluster, program
 from faults.conftest import FAKETIME
@@ -15,6 +14,7 @@ from leasehold.client import connect
 from leasehold.client.clock import now
 from leasehold.client.nbd import NbdClient
 from leasehold.store.records import DeviceId
+from witness import until
 
 
 def etcdctl(cluster: EtcdCluster, *words: str) -> str:
