@@ -56,6 +56,25 @@ def write(file: Path, text: str) -> None:
         os.fsync(opened.fileno())
 
 
+_ALONE = """
+for at in $(cut -d' ' -f2 /proc/self/mounts); do
+  case $at in
+    "$0"*) ;;
+    */pytest-of-* | */leasehold-*) umount -l "$at" ;;
+  esac
+done
+exec "$@"
+"""
+
+
+def unshared(keep: Path) -> tuple[str, ...]:
+    """Before a command: in a mount namespace of its own, which hides what is mounted at `keep`.
+
+    And lets go of what other tests have mounted meanwhile, which it would keep busy.
+    """
+    return ("unshare", "-m", "--propagation", "private", "sh", "-c", _ALONE, str(keep))
+
+
 @contextlib.contextmanager
 def running(*command: str, cwd: Path | None = None) -> "Iterator[subprocess.Popen[bytes]]":
     with subprocess.Popen(command, cwd=cwd, stderr=subprocess.DEVNULL) as process:

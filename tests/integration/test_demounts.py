@@ -23,6 +23,7 @@ from filesystems import (
     running,
     serve_filesystems,
     stoppable,
+    unshared,
     write,
 )
 from installation import Installation
@@ -187,7 +188,7 @@ async def test_a_demount_that_lies(site: Site) -> None:
     async with site.leasehold.access(STUCK, controller="a") as access:
         mounted = local(access.path)
         await asyncio.to_thread(write, mounted / "file", TEXT)
-    with running("unshare", "-m", "--propagation", "private", "sleep", "600") as hidden:
+    with running(*unshared(mounted), "sleep", "600") as hidden:
         await until(lambda: apart(hidden.pid), "the hidden namespace stands")
         # Mounted later than the namespace, which would keep it as well.
         async with site.leasehold.access(WELL, controller="a"):

@@ -27,6 +27,7 @@ from filesystems import (
     require_mounts,
     running,
     stoppable,
+    unshared,
     write,
 )
 from installation import DISK, Installation, examine
@@ -325,8 +326,7 @@ async def test_a_user_who_leaves_in_time_costs_nothing(site: Site, image: Path) 
 async def test_a_hidden_mount_namespace_is_not_released(site: Site, image: Path, command: str) -> None:
     activation = site.activation(image, 1)
     mounted = await site.activate(activation)
-    script = ("unshare", "-m", "--propagation", "private", "sh", "-c", command.format(mounted))
-    with running(*script) as hidden:
+    with running(*unshared(mounted), "sh", "-c", command.format(mounted)) as hidden:
         await until(lambda: namespace(hidden.pid) != namespace("self"))
         if "leak" in command:
             await until((mounted / "leak").exists)

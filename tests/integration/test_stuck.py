@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from equipment import missing
+from filesystems import unshared
 from leasehold.client import sync
 from leasehold.client.dev import DevCluster
 from leasehold.client.errors import LeaseholdError
@@ -106,8 +107,9 @@ def failures(leasehold: sync.Leasehold, controller: str) -> list[records_pb2.Ava
 
 
 @contextmanager
-def somebody_in(where: Path, *prefix: str) -> Iterator[int]:
+def somebody_in(where: Path, *, hidden: bool = False) -> Iterator[int]:
     """A process that does not leave the directory, as `(cd where; sleep 60)`."""
+    prefix = unshared(where) if hidden else ()
     with subprocess.Popen(
         [*prefix, "sh", "-c", "echo there; exec sleep 60"], cwd=where, stdout=subprocess.PIPE
     ) as process:
@@ -119,29 +121,29 @@ def somebody_in(where: Path, *prefix: str) -> Iterator[int]:
             process.kill()
 
 
-@pytest.mark.parametrize("prefix", [(), ("unshare", "--mount")], ids=["here", "in another namespace"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["here", "in another namespace"])
 def test_who_keeps_it_is_named_and_bars_it_until_the_proof(
-    cluster: DevCluster, leasehold: sync.Leasehold, device: str, prefix: tuple[str, ...]
+    cluster: DevCluster, leasehold: sync.Leasehold, device: str, hidden: bool
 ) -> None:
     """The device goes elsewhere once it is shut down here, but does not come back before the proof."""
     with leasehold.access(device, controller="a") as access:
         write(local(access.path) / "file")
         mounted = local(access.path)
-    with somebody_in(mounted, *prefix) as pid:
+    with somebody_in(mounted, hidden=hidden) as pid:
         moving = threading.Thread(target=move, args=(cluster, device, "b"))
         moving.start()
         until(lambda: any(item.stuck_epoch == 1 for item in failures(leasehold, "a")), "it is not told")
         (stuck,) = [item for item in failures(leasehold, "a") if item.device == device]
         assert stuck.reason.startswith("STUCK in epoch 1: ")
         assert f"process {pid} (sleep" in stuck.reason, stuck.reason
-        assert ("in mount namespace mnt:[" in stuck.reason) == bool(prefix)
+        assert ("in mount namespace mnt:[" in stuck.reason) == hidden
         kinds = [item.change.kind for item in leasehold.history(device)]
         assert records_pb2.CHANGE_KIND_RELEASED not in kinds
         assert records_pb2.CHANGE_KIND_TRANSFERRED not in kinds
         # The lease runs out, a successor fences: the filesystem was shut down here.
         moving.join(SOON)
         until(lambda: leasehold.device(device).holder.controller == "b", "nobody takes it over")
-        if not prefix:
+        if not hidden:
             # From another namespace it can still be seen; here there is nothing left to see.
             with pytest.raises(OSError, match="Input/output error"):
                 write(mounted / "late")
@@ -164,7 +166,7 @@ def test_a_restart_keeps_the_bar_until_there_is_proof(
     with leasehold.access(device, controller="a") as access:
         write(local(access.path) / "file")
         mounted = local(access.path)
-    with somebody_in(mounted, "unshare", "--mount"):
+    with somebody_in(mounted, hidden=True):
         cluster.restart("a")
         until(lambda: any(item.stuck_epoch == 1 for item in failures(leasehold, "a")), "it is not told")
         # Another may fence and serve it meanwhile, but this one is given nothing.
