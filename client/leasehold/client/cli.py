@@ -4,9 +4,9 @@ Only what reads the command line is loaded here; each command loads what it need
 """
 
 import os
+import queue
 import re
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,13 +156,14 @@ def dev(
     """
     from leasehold.client.dev import DevCluster  # noqa: PLC0415
 
-    stop = threading.Event()
-    _on_end(lambda _: stop.set())
+    # Not an Event: to set one in a signal handler hangs if the signal came just as somebody began to wait.
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
+    _on_end(stop.put)
     cluster = DevCluster(directory, devices=devices, size=_bytes(size), ttl=ttl, etcd_port=etcd_port, say=say)
     with cluster:
         for line in cluster.instructions():
             print(line, flush=True)  # noqa: T201 - the data of this command
-        stop.wait()
+        stop.get()
         say("stopping")
 
 
