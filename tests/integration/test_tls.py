@@ -129,7 +129,7 @@ async def test_who_is_let_in_and_what_the_others_are_told(
             assert str(caught.value).startswith(f"{door}: {cause}")
     port = secured.coordinator.rpartition(":")[2]
     async with connect(f"localhost:{port}", tls=certificates.tls) as leasehold:
-        # Of the two addresses of localhost nobody listens on one, and which is told of is gRPC's choice.
+        # Where localhost has two addresses nobody listens on one, and which is told of is gRPC's choice.
         with pytest.raises((Untrusted, NoCoordinator)) as answer:
             await leasehold.devices()
     told = str(answer.value)

@@ -114,6 +114,12 @@ class Door:
         answer = await self.controllers.ListControllers(controllers_pb2.ListControllersRequest())
         return {each.controller.controller: each.controller.session_lease for each in answer.statuses}
 
+    async def eligible(self, device: str) -> tuple[str, ...] | None:
+        """The controllers that the spec of the device names; None if there is no such device."""
+        answer = await self.devices.ListDevices(devices_pb2.ListDevicesRequest())
+        named = {each.device.device: tuple(each.device.controllers) for each in answer.statuses}
+        return named.get(device)
+
     async def status(self, request: str) -> Any:
         return (await self.access.GetAccess(access_pb2.GetAccessRequest(request_id=request))).status
 
@@ -149,8 +155,14 @@ class Site:
         return next(door for door in self.doors if door.name == name)
 
     async def device(self, *controllers: str, device: DeviceId = DISK) -> None:
+        """Specify it, and wait until both coordinators know."""
         spec = Device(device=device, driver="nbd", controllers=tuple(map(ControllerId, controllers)))
         await self.etcd.kv.put(self.etcd.keys.device(device), encode(spec))
+
+        async def shown() -> bool:
+            return [await door.eligible(device) for door in self.doors] == [controllers] * len(self.doors)
+
+        await eventually(f"{device} is known", shown)
 
     async def holder(self) -> Holder:
         state = await self.etcd.state()
@@ -223,6 +235,7 @@ async def site(installation: Installation, shared_etcd: EtcdServer) -> AsyncIter
                 pretender = await Pretender.register(installation, name)
                 site.controllers[name] = pretender
                 site.tasks.append(group.create_task(pretender.run()))
+                await site.known(pretender.me)
             yield site
             await examine(installation)
         finally:

@@ -18,7 +18,7 @@ from leasehold.client.errors import Untrusted
 CA, CERT, KEY = "LEASEHOLD_TLS_CA", "LEASEHOLD_TLS_CERT", "LEASEHOLD_TLS_KEY"
 PROBE = 1.0
 """Seconds that it may take to find out what is wrong."""
-_SUSPECT = ("handshake failed", "Hostname Verification", "Socket closed", "reset by peer")
+_SUSPECT = ("handshake failed", "Hostname Verification", "Peer name", "Socket closed", "reset by peer")
 """gRPC's words, of any of its versions, for a connection that was accepted and came to nothing."""
 
 
