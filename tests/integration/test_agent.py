@@ -47,6 +47,8 @@ from leasehold.store.records import (
 T = TypeVar("T")
 
 DISK = DeviceId("d1")
+PATIENCE = 10.0
+"""Seconds after which what should have happened at once did not."""
 
 
 @dataclass
@@ -249,7 +251,7 @@ class Site:
 
         await eventually(look)
 
-    async def serving(self, name: str, *, epoch: int | None = None, within: float = 5.0) -> DeviceState:
+    async def serving(self, name: str, *, epoch: int | None = None, within: float = PATIENCE) -> DeviceState:
         def served(state: DeviceState) -> bool:
             holder = state.holder.value if state.holder else None
             return (
@@ -263,20 +265,26 @@ class Site:
         assert self.storage.able(DISK) == [name]
         return state
 
-    async def until(self, condition: Callable[[DeviceState], bool], *, within: float = 5.0) -> DeviceState:
+    async def until(self, condition: Callable[[DeviceState], bool], *, within: float = PATIENCE) -> DeviceState:
         """The state of the device once `condition` holds."""
+
+        seen: list[DeviceState] = []
 
         async def look() -> DeviceState | None:
             state = await self.installation.state()
+            seen[:] = [state]
             return state if condition(state) else None
 
-        return await eventually(look, within=within)
+        try:
+            return await eventually(look, within=within)
+        except AssertionError as error:
+            raise AssertionError(f"{seen} after {self.steps}") from error
 
     async def kinds(self) -> list[ChangeKind]:
         return [entry.value.kind for entry in await self.installation.history()]
 
 
-async def eventually(look: Callable[[], Awaitable[T | None]], *, within: float = 5.0) -> T:
+async def eventually(look: Callable[[], Awaitable[T | None]], *, within: float = PATIENCE) -> T:
     """What `look` finds, as soon as it finds something."""
     end = time.monotonic() + within
     while True:
