@@ -265,7 +265,9 @@ class Site:
         assert self.storage.able(DISK) == [name]
         return state
 
-    async def until(self, condition: Callable[[DeviceState], bool], *, within: float = PATIENCE) -> DeviceState:
+    async def until(
+        self, condition: Callable[[DeviceState], bool], *, within: float = PATIENCE
+    ) -> DeviceState:
         """The state of the device once `condition` holds."""
 
         seen: list[DeviceState] = []
