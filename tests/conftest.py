@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -23,6 +24,9 @@ def pytest_configure() -> None:
     # A thousand tests would fail with it, each in its own words.
     if named and shutil.which(named) is None:
         raise pytest.UsageError(f"LEASEHOLD_ETCD={named} is no program: name one, or unset it")
+    # A shell has what it starts in the background ignore Ctrl-C, and so would what the tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
