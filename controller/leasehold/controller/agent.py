@@ -21,15 +21,17 @@ then and after a gap in what was watched looks at everything.
 
 import asyncio
 import logging
+import secrets
 from typing import cast
 
 from leasehold.controller.activation import Activator, Overtaken
 from leasehold.controller.contest import Contest, Later, Passed, Won
 from leasehold.controller.context import Context
-from leasehold.controller.driver import Activation, DriverError
+from leasehold.controller.driver import Activation, DriverError, EpochPassed
 from leasehold.controller.gate import GateError
-from leasehold.controller.hold import NO_EPOCH, Decision, Hold, Phase, Situation, Step, decide
+from leasehold.controller.hold import Decision, Hold, Phase, Situation, Step, decide
 from leasehold.controller.journal import OpenActivation
+from leasehold.controller.label import Label
 from leasehold.controller.session import Session
 from leasehold.controller.settlement import Settler
 from leasehold.controller.takeover import Backoff, may_serve
@@ -39,6 +41,7 @@ from leasehold.store.errors import StoreError, Unavailable
 from leasehold.store.kv import KeyValue, delete, get, unchanged
 from leasehold.store.ownership import DeviceState, NotPossible, Told, told
 from leasehold.store.records import (
+    NO_EPOCH,
     NO_LEASE,
     Assignment,
     AssignmentAction,
@@ -315,7 +318,10 @@ class Agent:
                 reason = (hold.reason if hold else self._refusals.get(device)) or decision.reason
                 failed = self._has_failed(device, hold)
                 failure = self._settler.failure(device, found, reason) if failed else None
-                if not await self._settler.release(device, decision.epochs, state, reason, failure):
+                seen = hold.seen if hold else NO_EPOCH
+                if not await self._settler.release(
+                    device, decision.epochs, state, reason, failure, seen=seen
+                ):
                     return False
                 _log.info(
                     "device %s epoch %d holder %s request %s: released: %s",
@@ -411,7 +417,8 @@ class Agent:
         except BaseException:
             context.gate.give_slot(slot)
             raise
-        activation = Activation(device, epoch, dict(spec.parameters), slot, read_only)
+        label = Label(self._session.installation, device, epoch, secrets.token_hex(8))
+        activation = Activation(device, epoch, dict(spec.parameters), slot, read_only, label)
         self.holds[device] = Hold(
             device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec, told=told
         )
@@ -434,6 +441,11 @@ class Agent:
             else:
                 hold.end("its activation was abandoned")
         elif isinstance(error, (Overtaken, NotPossible, StoreError)):
+            hold.end(str(error))
+        elif isinstance(error, EpochPassed):
+            # Nothing is wrong here or with the device: etcd was behind it.
+            _log.error("%s: can not be activated: %s", hold, error)
+            hold.seen = Epoch(error.highest)
             hold.end(str(error))
         else:
             expected = isinstance(error, (DriverError, TimeoutError))

@@ -19,6 +19,7 @@ Errors, by what the caller can do::
     DriverError
     ├── BadParameters      correct the device's spec
     ├── ActivationFailed   deactivate, close the epoch, let the next candidate try
+    │   └── EpochPassed    the same, but nothing is wrong here: the next epoch must be a higher one
     ├── NotProved          keep the epoch unreleased and ask again; the device is STUCK here
     └── FenceRefused       do not activate; wait for proof or for an operator's word
 """
@@ -33,6 +34,7 @@ from typing import Protocol, runtime_checkable
 
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
+from leasehold.controller.label import Label
 
 ENTRY_POINTS = "leasehold.drivers"
 
@@ -60,6 +62,9 @@ class Activation:
     `slot` is the hold's slot in the gate. The agent alone opens and shuts it, and gives it back only
     after `deactivate` has returned.
 
+    `label` is what to register on the device before the first write. An activation that is only to be proved
+    over, after a crash, has none.
+
     With `read_only` nothing may be written to the device, and the path must refuse writes. A driver that can
     not do that raises ActivationFailed. After a crash `deactivate` is asked without it, whatever it was.
     """
@@ -69,6 +74,7 @@ class Activation:
     parameters: Mapping[str, str]
     slot: int
     read_only: bool = False
+    label: Label | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,14 @@ class BadParameters(DriverError):
 
 class ActivationFailed(DriverError):
     """The device could not be made usable here. Something may still be open: deactivate."""
+
+
+class EpochPassed(ActivationFailed):
+    """The device has seen the epoch `highest`, which the one of this activation is not above."""
+
+    def __init__(self, device: str, epoch: int, reason: str, highest: int) -> None:
+        super().__init__(device, epoch, reason)
+        self.highest = highest
 
 
 class NotProved(DriverError):

@@ -35,6 +35,7 @@ from leasehold.controller.gate import Gate
 from leasehold.store.leases import Lease
 from leasehold.store.ownership import DeviceState, Told
 from leasehold.store.records import (
+    NO_EPOCH,
     NO_REQUEST,
     Controller,
     ControllerId,
@@ -46,9 +47,6 @@ from leasehold.store.records import (
     InstanceId,
     RequestId,
 )
-
-NO_EPOCH = Epoch(0)
-"""Before the first that is ever given."""
 
 
 class Phase(StrEnum):
@@ -232,6 +230,8 @@ class Hold:
     request: RequestId = NO_REQUEST
     reason: str = ""
     failed: bool = False
+    seen: Epoch = NO_EPOCH
+    """The epoch that stands on the device, if this one is not above it."""
     graceful: bool = False
     attempt: "asyncio.Task[None] | None" = None
     _guard: "asyncio.Task[None] | None" = field(default=None, repr=False)

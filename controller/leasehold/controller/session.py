@@ -19,6 +19,7 @@ from leasehold.controller.context import Context
 from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
 from leasehold.store.codec import Unreadable, decode, encode
 from leasehold.store.errors import AccessDenied, Corrupt, NoSpace, OutcomeUnknown, StoreError, Unavailable
+from leasehold.store.installation import installation
 from leasehold.store.kv import put, unchanged
 from leasehold.store.leases import Lease
 from leasehold.store.records import Controller, InstanceId, LeaseId, lease_id, lease_number
@@ -43,6 +44,8 @@ class Session:
         self._registered: Registered[Controller] | None = None
         self._draining = False
         self._running_out: set[LeaseId] = set()
+        self.installation = ""
+        """The installation that this controller belongs to, once it has registered."""
         self.lost = asyncio.Event()
 
     @property
@@ -65,6 +68,7 @@ class Session:
         pause = 0.1
         while True:
             try:
+                self.installation = await installation(context.kv, context.keys, self.installation)
                 registered = await register(
                     context.kv, context.keeper, key, self._journalled, context.timing.session_ttl
                 )
@@ -84,8 +88,11 @@ class Session:
                 await self._give_back_again(taken.lease)
                 await asyncio.sleep(_LOOK)
                 continue
-            except (SessionLost, OutcomeUnknown, Unavailable, NoSpace, AccessDenied, Corrupt) as error:
-                # The last three a person ends, and there is an alarm for each.
+            except (
+                *(SessionLost, OutcomeUnknown, Unavailable),
+                *(NoSpace, AccessDenied, Corrupt, Unreadable),
+            ) as error:
+                # From NoSpace on a person ends them, and there is an alarm for each of etcd's.
                 _log.warning("not registered yet: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_RETRY)

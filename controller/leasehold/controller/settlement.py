@@ -15,7 +15,7 @@ from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.kv import KeyValue
 from leasehold.store.ownership import Answering, DeviceState, release, swap
-from leasehold.store.records import NO_LEASE, Availability, DeviceId, Epoch
+from leasehold.store.records import NO_EPOCH, NO_LEASE, Availability, DeviceId, Epoch
 from leasehold.store.transaction import Applied
 from leasehold.store.walltime import timestamp
 
@@ -75,9 +75,14 @@ class Settler:
         state: DeviceState,
         reason: str,
         failure: Availability | None = None,
+        *,
+        seen: Epoch = NO_EPOCH,
     ) -> bool:
-        """Give `epochs` up, which are proved. False if that was refused: read and decide again."""
-        transaction = release(self._context.author, state, epochs, reason=reason, failure=failure)
+        """Give `epochs` up, which are proved, and say that the device has `seen` one that is not below them.
+
+        False if that was refused: read and decide again.
+        """
+        transaction = release(self._context.author, state, epochs, reason=reason, failure=failure, seen=seen)
         outcome = await self._context.commit(transaction, device, max(epochs), "RELEASED")
         if isinstance(outcome, Applied):
             self._context.step("released", device, max(epochs))

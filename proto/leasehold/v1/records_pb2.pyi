@@ -213,6 +213,30 @@ CHANGE_KIND_CONFIRMED_DEAD: ChangeKind.ValueType  # 7
 global___ChangeKind = ChangeKind
 
 @typing.final
+class Installation(google.protobuf.message.Message):
+    """Which installation this is. Written once, by the first controller. The labels on devices name it, so whoever
+    sets etcd up anew without a backup of it puts it back first.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    INSTALLATION_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """Major version of this record; 1."""
+    installation: builtins.str
+    """Any text that no other installation has."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        installation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["installation", b"installation", "version", b"version"]) -> None: ...
+
+global___Installation = Installation
+
+@typing.final
 class Device(google.protobuf.message.Message):
     """A shared storage device: what an operator says of it."""
 

@@ -32,6 +32,10 @@ class Keys:
         return f"{self.controllers}{controller}"
 
     @property
+    def installation(self) -> str:
+        return f"{self.prefix}installation"
+
+    @property
     def coordinators(self) -> str:
         return f"{self.prefix}coordinators/"
 

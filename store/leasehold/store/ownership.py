@@ -32,6 +32,8 @@ That no earlier epoch can still write is the business of the drivers' fences.
 * The unreleased epochs are a set. Giving an epoch adds it; it leaves by its own holder's proof (swap,
   release), by a successor's fence (publish), or by a person's word (confirm_dead), and `assign` requires the
   set to be empty.
+* Epochs rise by one, unless the device itself has seen a higher one than etcd knows of, as after a restore of
+  etcd from a backup: then a release says so, and the next is above that.
 * Every transaction compares `epochs/<device>` and rewrites it, so two absences of a holder are never taken
   for the same one, and no two transactions on one device can both succeed from one reading.
 """
@@ -57,6 +59,7 @@ from leasehold.store.kv import (
     unchanged,
 )
 from leasehold.store.records import (
+    NO_EPOCH,
     NO_LEASE,
     NO_REQUEST,
     VERSION,
@@ -527,11 +530,12 @@ def release(
     *,
     reason: str,
     failure: Availability | None = None,
+    seen: Epoch = NO_EPOCH,
 ) -> Transaction:
     """A controller has proved that it can not act in `epochs` any more, all of them its own.
 
     If one of them is the holder's, the record goes with it. `failure` records why the device could not be
-    served here.
+    served here. `seen` is an epoch that stands on the device itself: the next to be given is above it.
     """
     _require(state, not state.unreadable, state.unreadable)
     given = tuple(item for item in state.unreleased if item.epoch in epochs)
@@ -555,7 +559,8 @@ def release(
         author,
         state,
         kind=ChangeKind.RELEASED,
-        epoch=state.epoch,
+        # Another's record names the highest epoch, and goes first.
+        epoch=state.epoch if state.holder and holder is None else max(state.epoch, seen),
         unreleased=tuple(item for item in state.unreleased if item.epoch not in epochs),
         lost=lost,
         expired=holder is None and state.holder is None,

@@ -21,6 +21,8 @@ Epoch = NewType("Epoch", int)
 LeaseId = NewType("LeaseId", str)
 """An etcd lease as etcdctl prints it: sixteen hexadecimal digits."""
 
+NO_EPOCH = Epoch(0)
+"""Before the first that is ever given."""
 NO_LEASE = LeaseId("")
 NO_REQUEST = RequestId("")
 VERSION = 1
@@ -354,6 +356,14 @@ class ControlChange:
     operator: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installation:
+    """Which installation this is: what tells its labels on devices from those of others."""
+
+    version: int = VERSION
+    installation: str
+
+
 Record = (
     Device
     | Controller
@@ -367,4 +377,5 @@ Record = (
     | Grant
     | Availability
     | ControlChange
+    | Installation
 )

@@ -7,6 +7,9 @@ Parameters of a device's spec:
 ``fstype``   `ext4` or `xfs`.
 ``options``  mount options, separated by commas, out of those that `leasehold.controller.filesystem.options`
              allows. `nosuid` and `nodev` are added unless `suid` and `dev` say otherwise.
+``label``    absolute path of the file with the device's label (`leasehold.controller.label`), on storage that
+             every eligible controller reaches; or `none`. An image's is beside it if nothing is said, and a
+             block device then has none.
 
 Path: ``file://<mount root>/<device>-<epoch>``. It needs root, and Linux 5.8.
 
@@ -31,9 +34,11 @@ from leasehold.controller.driver import (
     BadParameters,
     DriverContext,
     DriverError,
+    EpochPassed,
     FenceKind,
     NotProved,
 )
+from leasehold.controller.drivers import paths
 from leasehold.controller.filesystem import options
 from leasehold.controller.filesystem.channel import StewardChannel
 from leasehold.controller.filesystem.mount_api import unsupported
@@ -55,8 +60,7 @@ _EARLIER_SECONDS = 6.0
 """For an earlier controller's steward to end; it gives itself less."""
 _STOP_SECONDS = 6.0
 _RETRY = 0.02
-_PATH_MAX = 4095
-_PARAMETERS = ("backing", "fstype", "options")
+_PARAMETERS = ("backing", "fstype", "options", "label")
 
 
 class FilesystemDriver:
@@ -110,13 +114,14 @@ class FilesystemDriver:
 
     async def prepare(self, activation: Activation) -> None:
         """Look whether the filesystem is there. Even mounting for reading would replay its journal."""
-        self._spec(activation)
+        spec = self._spec(activation)
         try:
-            wrong = await self._examine(activation.parameters)
+            channel = await self._reach()
+            answer = await channel.ask("prepare", _EXAMINE_SECONDS, volume=asdict(spec))
         except (ChannelError, OSError) as error:
-            wrong = str(error)
-        if wrong is not None:
-            raise ActivationFailed(activation.device, activation.epoch, wrong)
+            raise _failed(activation, error) from error
+        if (wrong := answer.get("failure")) is not None:
+            raise ActivationFailed(activation.device, activation.epoch, str(wrong))
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's steward has shut it down, and the hold-off has passed."""
@@ -131,7 +136,7 @@ class FilesystemDriver:
             channel = await self._reach()
             await channel.ask("make", _MAKE_SECONDS, volume=asdict(spec))
         except (ChannelError, OSError) as error:
-            raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
+            raise _failed(activation, error) from error
 
     async def verify(self, activation: Activation) -> str | None:
         try:
@@ -232,7 +237,15 @@ class FilesystemDriver:
             mountpoint=f"{self._root}/{activation.device}-{activation.epoch}",
             tag=f"leasehold-{mark}",
             record=str(self._context.state_dir.absolute() / f"loop-{mark}"),
+            where=activation.parameters.get("label", ""),
+            label=activation.label,
         )
+
+
+def _failed(activation: Activation, error: ChannelError | OSError) -> ActivationFailed:
+    if isinstance(error, WorkerRefused) and error.highest:
+        return EpochPassed(activation.device, activation.epoch, str(error), error.highest)
+    return ActivationFailed(activation.device, activation.epoch, str(error))
 
 
 def _check(parameters: Mapping[str, str], activation: Activation | None = None) -> None:
@@ -240,22 +253,15 @@ def _check(parameters: Mapping[str, str], activation: Activation | None = None) 
     for field in parameters:
         if field not in _PARAMETERS:
             raise BadParameters(field, "is unknown to the filesystem driver", device=device, epoch=epoch)
-    wrong = _wrong_path(parameters.get("backing", ""))
-    if wrong is not None:
-        raise BadParameters("backing", wrong, device=device, epoch=epoch)
+    for field, wrong in (
+        ("backing", paths.wrong(parameters.get("backing", ""))),
+        ("label", paths.wrong_label(parameters.get("label", ""))),
+    ):
+        if wrong is not None:
+            raise BadParameters(field, wrong, device=device, epoch=epoch)
     fstype = parameters.get("fstype", "")
     try:
         options.parse(fstype, parameters.get("options", ""))
     except ValueError as error:
         field = "options" if fstype in options.FSTYPES else "fstype"
         raise BadParameters(field, str(error), device=device, epoch=epoch) from None
-
-
-def _wrong_path(path: str) -> str | None:
-    if not path:
-        return "is required"
-    if not path.startswith("/") or os.path.normpath(path) != path or path.startswith("//"):
-        return "must be an absolute path without '.', '..' or doubled slashes"
-    if not path.isprintable() or len(path.encode()) > _PATH_MAX:
-        return "must be printable and no longer than a path can be"
-    return None

@@ -9,6 +9,9 @@ Parameters of a device's spec:
              small writes, for storage that only one host's kernel reaches or that keeps the caches of its
              hosts coherent. On other storage it loses data: the kernel of a host whose controller was killed
              writes up to 30 s later over what a successor on another host has written.
+``label``    absolute path of the file with the device's label (`leasehold.controller.label`), on storage that
+             every eligible controller reaches; or `none`. An image's is beside it if nothing is said, and a
+             block device then has none.
 
 Path: ``nbd://host:port/<device>-<epoch>``. Fence: `gate`. Every read and write is checked against the
 hold's epoch and deadline before it touches the backing, and who is still inside after the deadline is killed
@@ -18,7 +21,6 @@ write.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
@@ -28,15 +30,16 @@ from leasehold.controller.driver import (
     BadParameters,
     DriverContext,
     DriverError,
+    EpochPassed,
     FenceKind,
     NotProved,
 )
+from leasehold.controller.drivers import paths
 from leasehold.controller.nbd.channel import ChannelError
 from leasehold.controller.nbd.pool import ExportFailed, ExportSpec, Unproved, WorkerPool
 from leasehold.controller.nbd.recovery import WorkerAlive, prove_workers_gone
 
 _RECOVERY_SECONDS = 10.0
-_PATH_MAX = 4095
 
 
 class NbdDriver:
@@ -71,10 +74,11 @@ class NbdDriver:
     async def check(self, parameters: Mapping[str, str]) -> None:
         """The form only. Whether the backing is there differs by host: see `probe`."""
         for field in parameters:
-            if field not in ("backing", "cache"):
+            if field not in ("backing", "cache", "label"):
                 raise BadParameters(field, "is unknown to the nbd driver")
         _backing(parameters)
         _writeback(parameters)
+        _where(parameters)
 
     async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
         try:
@@ -87,7 +91,7 @@ class NbdDriver:
         try:
             await self.pool.export(spec)
         except ExportFailed as error:
-            raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
+            raise _failed(activation, error) from error
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
@@ -104,7 +108,7 @@ class NbdDriver:
             await self.pool.export(spec)
             await self.pool.open(spec)
         except ExportFailed as error:
-            raise ActivationFailed(activation.device, activation.epoch, str(error)) from error
+            raise _failed(activation, error) from error
 
     async def verify(self, activation: Activation) -> str | None:
         return await self.pool.status(_spec(activation))
@@ -124,21 +128,31 @@ def _spec(activation: Activation) -> ExportSpec:
         slot=activation.slot,
         read_only=activation.read_only,
         writeback=_writeback(activation.parameters, activation),
+        where=_where(activation.parameters, activation),
+        label=activation.label,
     )
+
+
+def _failed(activation: Activation, error: ExportFailed) -> ActivationFailed:
+    if error.highest:
+        return EpochPassed(activation.device, activation.epoch, str(error), error.highest)
+    return ActivationFailed(activation.device, activation.epoch, str(error))
 
 
 def _backing(parameters: Mapping[str, str], activation: Activation | None = None) -> str:
     path = parameters.get("backing", "")
-    reason = None
-    if not path:
-        reason = "is required"
-    elif not path.startswith("/") or os.path.normpath(path) != path or path.startswith("//"):
-        reason = "must be an absolute path without '.', '..' or doubled slashes"
-    elif not path.isprintable() or len(path.encode()) > _PATH_MAX:
-        reason = "must be printable and no longer than a path can be"
-    if reason is None:
-        return path
-    raise _bad("backing", reason, activation)
+    reason = paths.wrong(path)
+    if reason is not None:
+        raise _bad("backing", reason, activation)
+    return path
+
+
+def _where(parameters: Mapping[str, str], activation: Activation | None = None) -> str:
+    place = parameters.get("label", "")
+    reason = paths.wrong_label(place)
+    if reason is not None:
+        raise _bad("label", reason, activation)
+    return place
 
 
 def _writeback(parameters: Mapping[str, str], activation: Activation | None = None) -> bool:

@@ -12,7 +12,8 @@ verb       fields              ok means
 =========  ==================  ===================================================================
 ping                           it is not stopped
 examine    backing, fstype     `failure` says why it cannot be mounted, if it cannot
-make       volume              it is mounted, probed and visible
+prepare    volume              the same, and its label lets it be mounted
+make       volume              its label is registered, it is mounted, probed and visible
 status     volume              `failure` says what ails it, if anything
 end        volume, drain       nothing here can write to it any more: proof
 =========  ==================  ===================================================================
@@ -43,6 +44,7 @@ from leasehold.controller.fencer.link import Link, Unguarded
 from leasehold.controller.filesystem import mount_api
 from leasehold.controller.filesystem.volume import Volume, VolumeFailed, VolumeSpec, unfit
 from leasehold.controller.gate import Gate
+from leasehold.controller.label import LabelRefused
 from leasehold.controller.nbd import messages
 from leasehold.controller.nbd.backing import examine
 from leasehold.controller.nbd.locks import try_lock
@@ -81,6 +83,7 @@ class Steward:
         self._verbs: dict[str, Callable[[Message], Message]] = {
             "ping": lambda _: {},
             "examine": self._examine,
+            "prepare": self._prepare,
             "make": self._make,
             "status": self._status,
             "end": self._end,
@@ -151,6 +154,8 @@ class Steward:
             answer = {"ok": False, "error": error.strerror or str(error)}
         except (VolumeFailed, Unguarded) as error:
             answer = {"ok": False, "error": str(error)}
+        except LabelRefused as error:
+            answer = {"ok": False, "error": str(error), "highest": error.highest}
         except (KeyError, TypeError, ValueError) as error:
             answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
         self._send({"id": message["id"], **answer})
@@ -158,6 +163,14 @@ class Steward:
     def _examine(self, message: Message) -> Message:
         backing, fstype = str(message["backing"]), str(message["fstype"])
         return {"failure": mount_api.unsupported() or examine(backing) or unfit(backing, fstype)}
+
+    def _prepare(self, message: Message) -> Message:
+        spec = VolumeSpec.received(message["volume"])
+        answer = self._examine({"backing": spec.backing, "fstype": spec.fstype})
+        registration = spec.registration
+        if registration is not None and answer["failure"] is None:
+            registration.compare()
+        return answer
 
     def _make(self, message: Message) -> Message:
         self._volume(message).make()
@@ -174,7 +187,7 @@ class Steward:
         return {}
 
     def _volume(self, message: Message) -> Volume:
-        spec = VolumeSpec(**message["volume"])
+        spec = VolumeSpec.received(message["volume"])
         with self._changing:
             volume = self._volumes.setdefault((spec.device, spec.epoch), Volume(spec, self._gate, self._link))
         if not volume.live:

@@ -2,12 +2,13 @@
 
 Making it:
 
-1. An image gets a loop device of its own. So does whatever is to be mounted for reading only, and that loop
+1. The epoch is registered on the device's label, unless it is mounted for reading only.
+2. An image gets a loop device of its own. So does whatever is to be mounted for reading only, and that loop
    device refuses writes.
-2. The filesystem is mounted without a place in the tree. From here on the steward shuts it down at its
+3. The filesystem is mounted without a place in the tree. From here on the steward shuts it down at its
    deadline, and if the steward does not, the fencer, which gets its root.
-3. A small file is written and synced, or nothing where it is mounted for reading only.
-4. A twin of the mount becomes visible at the mount point. The steward keeps the first, so that it can reach
+4. A small file is written and synced, or nothing where it is mounted for reading only.
+5. A twin of the mount becomes visible at the mount point. The steward keeps the first, so that it can reach
    the filesystem without keeping the mount point busy.
 
 Its end is a pipeline, each step of which may be asked for again:
@@ -33,13 +34,15 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from leasehold.controller.fencer.link import Link
 from leasehold.controller.filesystem import loops, mount_api, options, users
 from leasehold.controller.gate import Gate
+from leasehold.controller.label import Label, Registration
 from leasehold.controller.nbd.backing import GONE
 
 RESERVED = ".leasehold"
@@ -68,6 +71,7 @@ class VolumeSpec:
     """What the controller says of a mount.
 
     `tag` marks its loop device as this controller's, and `record` is the file that says which one it is.
+    `where` is the device spec's word on where its label is, `label` what to register there.
     """
 
     device: str
@@ -80,6 +84,18 @@ class VolumeSpec:
     mountpoint: str
     tag: str
     record: str
+    where: str = ""
+    label: Label | None = None
+
+    @classmethod
+    def received(cls, fields: Mapping[str, Any]) -> Self:
+        """Of what `asdict` made of one. Raises TypeError."""
+        label = fields.get("label")
+        return cls(**{**fields, "label": None if label is None else Label(**label)})
+
+    @property
+    def registration(self) -> Registration | None:
+        return None if self.label is None else Registration(self.backing, self.where, self.label)
 
 
 class Volume:
@@ -104,6 +120,7 @@ class Volume:
         self._failure = ""
         self._shown = False
         self._guarded: int | None = None
+        self._registration = spec.registration
 
     @property
     def live(self) -> bool:
@@ -135,7 +152,7 @@ class Volume:
         return self.shut
 
     def make(self) -> None:
-        """Mount it; its gate is open. Raises VolumeFailed, Unguarded, OSError, ValueError."""
+        """Mount it; its gate is open. Raises VolumeFailed, Unguarded, LabelRefused, OSError, ValueError."""
         with self._in_turn():
             if self._shown:
                 if not self.live:
@@ -147,6 +164,8 @@ class Volume:
             os.makedirs(self.spec.mountpoint, exist_ok=True)
             if mount_api.mounted_at(self.spec.mountpoint) is not None:
                 raise VolumeFailed(f"something is mounted at {self.spec.mountpoint} already")
+            if not self.spec.read_only:
+                self._register()
             self._take_node()
             self._require_gate()
             self._mount = self._create(asked)
@@ -168,6 +187,8 @@ class Volume:
                 return "its filesystem is shut down"
             if mount_api.mounted_at(self.spec.mountpoint) != mount_api.number_of(self._node):
                 return f"it is not to be found at {self.spec.mountpoint} any more"
+            if self._registration is not None and not self._registration.stands():
+                return "another hold is on its label"
             if not self.spec.read_only:
                 if os.fstatvfs(self._root).f_flag & os.ST_RDONLY:
                     return "its filesystem has turned read-only after an error"
@@ -210,6 +231,10 @@ class Volume:
     def _require_gate(self) -> None:
         if not self.allowed():
             raise VolumeFailed("its deadline has passed")
+
+    def _register(self) -> None:
+        if self._registration is not None:
+            self._registration.register()
 
     def _take_node(self) -> None:
         spec = self.spec
@@ -254,6 +279,7 @@ class Volume:
         # An earlier epoch ended without unmounting. Unless its journal is replayed, readers miss what its
         # clients were told is safe. The right to the device is verified, so this holder may do that; and even
         # now it is mounted for reading only, and nobody is let in.
+        self._register()
         self._detach()
         self._attach(read_only=False)
         self._require_gate()
@@ -412,6 +438,8 @@ class Volume:
         if earlier is not None and self._remembered() == earlier:
             loops.release(earlier)
         Path(spec.record).unlink(missing_ok=True)
+        if self._registration is not None:
+            self._registration.close()
         try:
             block = stat.S_ISBLK(os.stat(spec.backing).st_mode)
         except OSError as error:

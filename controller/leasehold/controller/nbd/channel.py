@@ -41,7 +41,11 @@ class WorkerSilent(ChannelError):
 
 
 class WorkerRefused(ChannelError):
-    pass
+    """It could not be done. `highest` is the epoch that the device has seen, if a higher one is needed."""
+
+    def __init__(self, reason: str, highest: int = 0) -> None:
+        super().__init__(reason)
+        self.highest = highest
 
 
 class Channel:
@@ -121,7 +125,7 @@ class Channel:
         finally:
             self._waiting.pop(number, None)
         if not message.get("ok"):
-            raise WorkerRefused(str(message.get("error")))
+            raise WorkerRefused(str(message.get("error")), int(message.get("highest", 0)))
         return message
 
     async def close(self, patience: float) -> bool:

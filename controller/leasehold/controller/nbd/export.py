@@ -20,6 +20,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from leasehold.controller.gate import Gate
+from leasehold.controller.label import Registration
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.protocol import ExportFlag
 
@@ -59,8 +60,12 @@ class Export:
         *,
         read_only: bool,
         occupancy: memoryview[int] | None = None,
+        registration: Registration | None = None,
     ) -> None:
-        """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see."""
+        """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see.
+
+        `registration` is made when it opens, unless it is only read.
+        """
         self.name = name
         self.backing = backing
         self.slot = slot
@@ -76,6 +81,7 @@ class Export:
         self._occupancy = memoryview(bytearray(slot + 1)) if occupancy is None else occupancy
         self._ended = False
         self._unproved: OSError | None = None
+        self._registration = registration
         self._connections: set[Abortable] = set()
         self._changed = threading.Condition()
 
@@ -116,8 +122,8 @@ class Export:
     def open(self) -> None:
         """Let clients in, once nothing that an earlier hold left in memory can be read.
 
-        Nothing is written: that it may be is shown by its open for writing. Raises Refused while the gate
-        is shut, OSError if it can not be made sure of.
+        Nothing is written but its label: that it may be is shown by its open for writing. Raises Refused
+        while the gate is shut, LabelRefused, OSError if it can not be made sure of.
         """
         with self._changed:
             if self._state is State.OPEN:
@@ -127,6 +133,8 @@ class Export:
             self._occupancy[self.slot] = 1
             try:
                 self.guard()
+                if self._registration is not None and not self.read_only:
+                    self._registration.register()
                 self.backing.begin()
             finally:
                 self._occupancy[self.slot] = 0
@@ -168,6 +176,13 @@ class Export:
         """Raise Refused unless the backing may be touched at this moment. Right before touching it."""
         if self._state is State.CUT or not self._gate.allows(self.slot, self.epoch):
             raise Refused(f"the hold of {self.name} has ended")
+        if not self.labelled:
+            raise Refused(f"another hold than that of {self.name} is on the label of the device")
+
+    @property
+    def labelled(self) -> bool:
+        """True unless another hold has registered itself on the device since this one did."""
+        return self._registration is None or self._registration.stands()
 
     def deadline(self) -> int:
         """When the gate shuts unless it is extended: ns of CLOCK_BOOTTIME."""
@@ -238,5 +253,7 @@ class Export:
                 self.backing.finish()
         finally:
             self.backing.close()
+            if self._registration is not None:
+                self._registration.close()
         if not self.read_only:
             self.backing.prove_unused()

@@ -1,16 +1,18 @@
 """The control channel between the controller and a worker: JSON, one object a line.
 
 A request is `{"id": 7, "verb": "export", ...}`; its answer `{"id": 7, "ok": true, ...}` or
-`{"id": 7, "ok": false, "error": "..."}`. A worker says `{"event": "ready"}` once. Verbs that name the same
-export are carried out in the order they were sent, so a withdraw outlasts an export that was given up;
-otherwise answers come in any order.
+`{"id": 7, "ok": false, "error": "...", "highest": 0}`, where `highest` is an epoch that the device has seen
+and that one above is needed for. A worker says `{"event": "ready"}` once. Verbs that name the same export are
+carried out in the order they were sent, so a withdraw outlasts an export that was given up; otherwise answers
+come in any order.
 
 =========  ===========================================  ======================================================
 verb       fields                                       ok means
 =========  ===========================================  ======================================================
 serve                                                   connections are accepted from now on
-export     name, backing, slot, epoch, read_only        the backing is open; nobody is let in yet
-open       name                                         the device answered, and clients are let in
+export     name, backing, slot, epoch, read_only,       the backing is open; nobody is let in yet
+           writeback, where, label
+open       name                                         its label is registered, and clients are let in
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
 status     name                                         `failure` says what ails it, if anything; connections
 examine    backing                                      `failure` says why it cannot be served, if it cannot

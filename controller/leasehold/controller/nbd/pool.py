@@ -16,11 +16,13 @@ import socket
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from leasehold.controller.fencer.channel import FencerChannel, FencerLost
 from leasehold.controller.gate import Gate
+from leasehold.controller.label import Label
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.settler import NotSettled, Settler
 
@@ -40,7 +42,18 @@ _LONGEST_PAUSE = 5.0
 
 
 class ExportFailed(Exception):
-    """The export could not be made or opened. Perhaps done: withdraw it."""
+    """The export could not be made or opened. Perhaps done: withdraw it.
+
+    `highest` is the epoch that the device has seen, if a higher one is needed.
+    """
+
+    def __init__(self, reason: str, highest: int = 0) -> None:
+        super().__init__(reason)
+        self.highest = highest
+
+    @classmethod
+    def by(cls, error: ChannelError) -> Self:
+        return cls(str(error), error.highest if isinstance(error, WorkerRefused) else 0)
 
 
 class Unproved(Exception):
@@ -58,6 +71,10 @@ class ExportSpec:
     read_only: bool = False
     writeback: bool = False
     """Whether writes may stay in the page cache until they are flushed."""
+    where: str = ""
+    """The spec's word on where the label of the device is."""
+    label: Label | None = None
+    """What to register there before the first write; None for nothing."""
 
     @property
     def name(self) -> str:
@@ -229,14 +246,14 @@ class _Seat:
             await self._ask_export(channel, spec)
             self._exported[spec.name] = (channel, spec)
         except ChannelError as error:
-            raise ExportFailed(str(error)) from error
+            raise ExportFailed.by(error) from error
 
     async def open(self, spec: ExportSpec) -> None:
         try:
             channel = await self.reach(_OPEN_SECONDS)
             await channel.ask("open", _OPEN_SECONDS, name=spec.name)
         except ChannelError as error:
-            raise ExportFailed(str(error)) from error
+            raise ExportFailed.by(error) from error
         if spec.name in self.specs:
             self._opened.add(spec.name)
 
@@ -346,6 +363,8 @@ class _Seat:
             epoch=spec.epoch,
             read_only=spec.read_only,
             writeback=spec.writeback,
+            where=spec.where,
+            label=spec.label and asdict(spec.label),
         )
 
     def _give_up(self, specs: list[ExportSpec], reason: str) -> None:

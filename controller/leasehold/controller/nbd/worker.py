@@ -27,6 +27,7 @@ from pathlib import Path
 
 from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.gate import Gate, GateError
+from leasehold.controller.label import Label, LabelRefused, Registration
 from leasehold.controller.nbd import messages
 from leasehold.controller.nbd.backing import Backing, examine
 from leasehold.controller.nbd.connection import Connection
@@ -123,6 +124,8 @@ class Worker:
             answer = {"ok": False, "error": error.strerror or str(error)}
         except Refused as error:
             answer = {"ok": False, "error": str(error)}
+        except LabelRefused as error:
+            answer = {"ok": False, "error": str(error), "highest": error.highest}
         except (KeyError, TypeError, ValueError, GateError) as error:
             answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
         self._send({"id": message["id"], **answer})
@@ -142,12 +145,22 @@ class Worker:
         # Opened outside the lock, because an open may hang; and so perhaps twice.
         backing = Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
         try:
+            registration = _registration(message)
+            if registration is not None:
+                registration.compare()
             backing.probe()
         except BaseException:
             backing.close()
             raise
         export = Export(
-            name, backing, self._gate, slot, epoch, read_only=read_only, occupancy=self._occupancy
+            name,
+            backing,
+            self._gate,
+            slot,
+            epoch,
+            read_only=read_only,
+            occupancy=self._occupancy,
+            registration=registration,
         )
         with self._changing:
             if name not in self._exports:
@@ -198,6 +211,8 @@ class Worker:
         failure = export.backing.failure
         if failure is None and export.state is not State.OPEN:
             failure = f"its export is {export.state.name.lower()}"
+        if failure is None and not export.labelled:
+            failure = "another hold is on its label"
         return {"failure": failure, "connections": export.connections}
 
     def _examine(self, message: Message) -> Message:
@@ -261,6 +276,13 @@ class Worker:
             loop()
         finally:
             os._exit(70)
+
+
+def _registration(message: Message) -> Registration | None:
+    label = message.get("label")
+    if label is None:
+        return None
+    return Registration(str(message["backing"]), str(message["where"]), Label(**label))
 
 
 def main() -> None:
