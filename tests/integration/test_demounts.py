@@ -68,7 +68,8 @@ class Site:
     leasehold: Leasehold
 
     async def make(self, device: DeviceId, backing: Path) -> None:
-        parameters = {"backing": str(backing), "fstype": "ext4"}
+        # Not beside the image, where nothing else can be.
+        parameters = {"backing": str(backing), "fstype": "ext4", "label": str(self.directory / device)}
         await self.leasehold.create_device(device, "filesystem", parameters, ttl=TTL)
 
     async def availability(self, controller: str) -> str:

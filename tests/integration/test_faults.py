@@ -370,7 +370,8 @@ def test_an_error_while_writing_is_not_reported_as_success(
 ) -> None:
     """The client is told at the write, or by the flush at the latest, and never that it is on the device."""
     image, trigger = failing
-    leasehold.create_device("failing", "nbd", {"backing": str(image)}, controllers=["a"], ttl=TTL)
+    parameters = {"backing": str(image), "label": str(trigger.with_name("label"))}
+    leasehold.create_device("failing", "nbd", parameters, controllers=["a"], ttl=TTL)
     with leasehold.access("failing") as access:
         write(access.path, b"good" * 1024)
         trigger.touch()

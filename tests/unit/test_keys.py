@@ -38,7 +38,7 @@ def test_a_prefix_ends_with_a_slash(prefix: str) -> None:
 def test_every_prefix_is_among_them() -> None:
     """A member of `Keys` either gives a prefix above or the key of one thing."""
     single = {"device", "controller", "coordinator", "epoch", "holder", "assignment", "request", "client"}
-    single |= {"queue_entry", "grant", "availability", "change"}
+    single |= {"queue_entry", "grant", "availability", "change", "installation"}
     members = {name for name, _ in inspect.getmembers(Keys) if not name.startswith("_")} - {"prefix"}
     assert members == single | PREFIXES.keys()
 

@@ -124,12 +124,12 @@ def test_without_a_whole_copy_it_is_busy(image: Path) -> None:
     for at in (0, SECOND):
         spoil(beside(image), at, b"\0")
     before = beside(image).read_bytes()
-    with pytest.raises(LabelRefused, match="is torn: .*remove the file"):
+    with pytest.raises(LabelRefused, match=r"is torn: .*remove the file"):
         registered(image, replace(MINE, epoch=8))
     assert beside(image).read_bytes() == before
 
 
-@pytest.mark.parametrize("size", [1, COPY - 1, SECOND])
+@pytest.mark.parametrize("size", [1, 100, SECOND])
 def test_one_that_is_cut_short(image: Path, size: int) -> None:
     registered(image)
     os.truncate(beside(image), size)

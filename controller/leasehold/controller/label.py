@@ -74,7 +74,7 @@ def place(backing: str, parameter: str) -> str | None:
 
 
 class Registration:
-    """`mine` on the label of `backing`: compared, then registered, then looked at before each write.
+    """`mine` on the label of `backing`: compared by who reads, registered by who writes, and looked at then.
 
     `where` is the spec's parameter. Where the device has no label, everything is as it should be.
     """
@@ -107,7 +107,13 @@ class Registration:
         path = place(self._backing, self._where)
         if path is None or self._fd >= 0:
             return
-        fd = _open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fd = _open(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise LabelRefused(
+                f"the label {path} can not be written: {error.strerror}; name another place for it by the"
+                f" parameter 'label', or {NONE}"
+            ) from error
         try:
             _lock(path, fd)
             try:

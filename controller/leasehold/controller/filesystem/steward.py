@@ -12,8 +12,8 @@ verb       fields              ok means
 =========  ==================  ===================================================================
 ping                           it is not stopped
 examine    backing, fstype     `failure` says why it cannot be mounted, if it cannot
-prepare    volume              the same, and its label lets it be mounted
-make       volume              its label is registered, it is mounted, probed and visible
+prepare    volume              the same, and its label is registered
+make       volume              it is mounted, probed and visible
 status     volume              `failure` says what ails it, if anything
 end        volume, drain       nothing here can write to it any more: proof
 =========  ==================  ===================================================================
@@ -165,11 +165,10 @@ class Steward:
         return {"failure": mount_api.unsupported() or examine(backing) or unfit(backing, fstype)}
 
     def _prepare(self, message: Message) -> Message:
-        spec = VolumeSpec.received(message["volume"])
-        answer = self._examine({"backing": spec.backing, "fstype": spec.fstype})
-        registration = spec.registration
-        if registration is not None and answer["failure"] is None:
-            registration.compare()
+        volume = self._volume(message)
+        answer = self._examine({"backing": volume.spec.backing, "fstype": volume.spec.fstype})
+        if answer["failure"] is None:
+            volume.prepare()
         return answer
 
     def _make(self, message: Message) -> Message:

@@ -93,10 +93,6 @@ class VolumeSpec:
         label = fields.get("label")
         return cls(**{**fields, "label": None if label is None else Label(**label)})
 
-    @property
-    def registration(self) -> Registration | None:
-        return None if self.label is None else Registration(self.backing, self.where, self.label)
-
 
 class Volume:
     """See the module. `make`, `status` and `end` are for one thread at a time; `cut` is for any."""
@@ -120,7 +116,9 @@ class Volume:
         self._failure = ""
         self._shown = False
         self._guarded: int | None = None
-        self._registration = spec.registration
+        self._registration = (
+            None if spec.label is None else Registration(spec.backing, spec.where, spec.label)
+        )
 
     @property
     def live(self) -> bool:
@@ -151,6 +149,12 @@ class Volume:
             raise VolumeFailed("its filesystem hangs and does not even shut down")
         return self.shut
 
+    def prepare(self) -> None:
+        """Register on the label, or only compare for reading. Raises LabelRefused, VolumeFailed, OSError."""
+        with self._in_turn():
+            if self._registration is not None:
+                (self._registration.compare if self.spec.read_only else self._registration.register)()
+
     def make(self) -> None:
         """Mount it; its gate is open. Raises VolumeFailed, Unguarded, LabelRefused, OSError, ValueError."""
         with self._in_turn():
@@ -165,6 +169,7 @@ class Volume:
             if mount_api.mounted_at(self.spec.mountpoint) is not None:
                 raise VolumeFailed(f"something is mounted at {self.spec.mountpoint} already")
             if not self.spec.read_only:
+                # Once more, in case an earlier process has prepared it.
                 self._register()
             self._take_node()
             self._require_gate()

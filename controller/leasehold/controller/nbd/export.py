@@ -64,7 +64,7 @@ class Export:
     ) -> None:
         """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see.
 
-        `registration` is made when it opens, unless it is only read.
+        `registration` is looked at before each request, and closed with the backing.
         """
         self.name = name
         self.backing = backing
@@ -122,8 +122,8 @@ class Export:
     def open(self) -> None:
         """Let clients in, once nothing that an earlier hold left in memory can be read.
 
-        Nothing is written but its label: that it may be is shown by its open for writing. Raises Refused
-        while the gate is shut, LabelRefused, OSError if it can not be made sure of.
+        Nothing is written: that it may be is shown by its open for writing. Raises Refused while the gate
+        is shut, OSError if it can not be made sure of.
         """
         with self._changed:
             if self._state is State.OPEN:
@@ -133,8 +133,6 @@ class Export:
             self._occupancy[self.slot] = 1
             try:
                 self.guard()
-                if self._registration is not None and not self.read_only:
-                    self._registration.register()
                 self.backing.begin()
             finally:
                 self._occupancy[self.slot] = 0

@@ -10,9 +10,9 @@ come in any order.
 verb       fields                                       ok means
 =========  ===========================================  ======================================================
 serve                                                   connections are accepted from now on
-export     name, backing, slot, epoch, read_only,       the backing is open; nobody is let in yet
-           writeback, where, label
-open       name                                         its label is registered, and clients are let in
+export     name, backing, slot, epoch, read_only,       the backing is open and its label registered;
+           writeback, where, label                      nobody is let in yet
+open       name                                         the device answered, and clients are let in
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
 status     name                                         `failure` says what ails it, if anything; connections
 examine    backing                                      `failure` says why it cannot be served, if it cannot

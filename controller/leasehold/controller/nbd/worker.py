@@ -144,13 +144,15 @@ class Worker:
             return {}
         # Opened outside the lock, because an open may hang; and so perhaps twice.
         backing = Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
+        registration = _registration(message)
         try:
-            registration = _registration(message)
             if registration is not None:
-                registration.compare()
+                (registration.compare if read_only else registration.register)()
             backing.probe()
         except BaseException:
             backing.close()
+            if registration is not None:
+                registration.close()
             raise
         export = Export(
             name,
@@ -167,6 +169,8 @@ class Worker:
                 self._exports[name] = export
                 return {}
         backing.close()
+        if registration is not None:
+            registration.close()
         return {}
 
     def _known(self, name: str, message: Message) -> bool:
