@@ -69,7 +69,11 @@ class Site:
 
     async def make(self, device: DeviceId, backing: Path) -> None:
         # Not beside the image, where nothing else can be.
-        parameters = {"backing": str(backing), "fstype": "ext4", "label": str(self.directory / device)}
+        parameters = {
+            "backing": str(backing),
+            "fstype": "ext4",
+            "label": str(self.directory / f"{device}.label"),
+        }
         await self.leasehold.create_device(device, "filesystem", parameters, ttl=TTL)
 
     async def availability(self, controller: str) -> str:

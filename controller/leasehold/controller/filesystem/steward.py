@@ -165,10 +165,9 @@ class Steward:
         return {"failure": mount_api.unsupported() or examine(backing) or unfit(backing, fstype)}
 
     def _prepare(self, message: Message) -> Message:
-        volume = self._volume(message)
-        answer = self._examine({"backing": volume.spec.backing, "fstype": volume.spec.fstype})
+        answer = self._examine(message["volume"])
         if answer["failure"] is None:
-            volume.prepare()
+            self._volume(message).prepare()
         return answer
 
     def _make(self, message: Message) -> Message:
