@@ -192,6 +192,23 @@ async def _put_back(member: EtcdServer, tmp_path: Path, how: tuple[str, ...]) ->
     return site
 
 
+async def test_etcd_put_back_gives_no_epoch_that_a_device_has_seen(
+    single: EtcdServer, tmp_path: Path
+) -> None:
+    """It has forgotten two transfers; the labels of the devices have not."""
+    with Site(tmp_path / "site", [single]) as site:
+        async with at_work(site, history=False) as work:
+            await work.held_by("b")
+            await asyncio.to_thread(etcdctl, single, "snapshot", "save", str(tmp_path / "snapshot"))
+            await work.held_by("c")
+            seen = (await work.held_by("a")).epoch
+            await asyncio.to_thread(_restore, single, tmp_path / "snapshot", ())
+            await work.settled()
+            holder = await work.holder()
+            assert holder is not None
+            assert holder.epoch > seen
+
+
 async def test_an_endpoint_of_another_cluster_is_not_used(single: EtcdServer, tmp_path: Path) -> None:
     """One that is set up anew, while the daemons run, under the address of a member that was lost."""
     with EtcdCluster() as cluster, Site(tmp_path, cluster.members) as site:
