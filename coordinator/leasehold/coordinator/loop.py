@@ -118,9 +118,7 @@ class Loop:
             return
         view = self._cluster.view(device)
         if late := self._expired(view):
-            await self._refuse(
-                late, RequestState.EXPIRED, f"it waited longer than {late.request.wait_seconds} s"
-            )
+            await self._refuse(late, RequestState.EXPIRED, _overdue(view, late))
             self._again(device)
             return
         if view.resting:
@@ -221,6 +219,13 @@ class Loop:
 
     def _later(self, device: DeviceId, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, self._again, device)
+
+
+def _overdue(view: DeviceView, late: Waiting) -> str:
+    """That a request waited too long, and for what."""
+    decision = plan(view)
+    what = f": {decision.reason}" if isinstance(decision, Wait) else ""
+    return f"it waited longer than {late.request.wait_seconds} s{what}"
 
 
 def _about(decision: Decision) -> Waiting | None:
