@@ -1,13 +1,17 @@
-"""A connection to the shared etcd with a prefix of one's own, and a cluster whose members may be broken."""
+"""A connection to the shared etcd with a prefix of one's own, a cluster whose members may be broken, and
+controllers that compete for one image."""
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from etcd_server import EtcdCluster, EtcdServer
+from installation import Installation, examine
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.kv import Kv
+from rivals import Controllers, local, make_ext4, require_mounts
 
 _prefixes = (f"/etcd-test-{number}/" for number in itertools.count(1))
 
@@ -40,3 +44,27 @@ def cluster(_cluster: EtcdCluster) -> Iterator[EtcdCluster]:
     """Three members that serve; whatever the test does to them is healed after it."""
     yield _cluster
     _cluster.heal()
+
+
+@pytest.fixture
+async def controllers(
+    installation: Installation, shared_etcd: EtcdServer, tmp_path: Path
+) -> AsyncIterator[Controllers]:
+    made = Controllers(installation, shared_etcd.endpoint, tmp_path)
+    await made.device()
+    try:
+        yield made
+    finally:
+        await made.close()
+    await examine(installation)
+
+
+@pytest.fixture
+async def mounted(controllers: Controllers) -> Path:
+    """What `a` has mounted, while `b` waits."""
+    require_mounts()
+    make_ext4(controllers.image)
+    await controllers.device("filesystem", fstype="ext4")
+    for name in "ab":
+        await controllers.start(name, driver="filesystem")
+    return local(await controllers.give("a"))

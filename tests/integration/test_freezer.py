@@ -19,6 +19,7 @@ import pytest
 
 from flood import AHEAD
 from freezer import Freezer
+from guards import unguarded
 from leasehold.client import Access, Leasehold, connect
 from leasehold.client.dev import DevCluster
 from leasehold.client.nbd import NbdClient
@@ -185,8 +186,8 @@ async def freeze_once(
 
 
 async def test_without_the_gate_it_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "ungated"))
-    # It thaws with the others, and would end what it finds late, which is a matter of luck then.
-    monkeypatch.setenv("LEASEHOLD_TEST_HARMLESS_FENCER", "1")
+    # The fencer thaws with the others, and would end what it finds late, which is a matter of luck then.
+    for name, value in unguarded("gate", "label", "fencer").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(AssertionError, match="stale"):
         await freeze(tmp_path, 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from filesystems import assert_clean, local, make_image, require_mounts, serve_filesystems
+from guards import unguarded
 from leasehold.client import sync
 from leasehold.client.dev import DevCluster
 from leasehold.client.errors import LeaseholdError
@@ -25,7 +26,6 @@ from leasehold.v1 import records_pb2
 SOON = 30.0
 TTL = 4
 SIZE = 1 << 20
-UNGATED = Path(__file__).parents[1] / "ungated"
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,8 @@ def test_who_is_overtaken_on_the_device_writes_no_more(
 ) -> None:
     """Also where etcd knows nothing of the other. Without the guard the write is seen."""
     if not guarded:
-        monkeypatch.setenv("PYTHONPATH", str(UNGATED))
+        for name, value in unguarded("label").items():
+            monkeypatch.setenv(name, value)
     with (
         DevCluster(tmp_path / "cluster", devices=1, size=SIZE, controllers=("a",), ttl=TTL) as cluster,
         sync.connect(*cluster.endpoints) as leasehold,

@@ -21,6 +21,7 @@ import pytest
 
 from filesystems import assert_clean, left_below, make_image, mounted, require_mounts, serve_filesystems
 from following import Client
+from guards import unguarded
 from installation import Installation
 from leasehold.client import LeaseholdError, connect
 from leasehold.client.clock import now
@@ -334,10 +335,9 @@ async def test_storm(tmp_path: Path, driver: str) -> None:
 
 async def test_without_the_gate_it_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker of a holder that is stopped past its lease takes no notice, and its clients write on."""
-    ungated = Path(__file__).parents[1] / "ungated"
-    monkeypatch.setenv("PYTHONPATH", str(ungated))
-    # It would end the worker instead.
-    monkeypatch.setenv("LEASEHOLD_TEST_HARMLESS_FENCER", "1")
+    # The fencer would end the worker instead, and the label tell of the successor.
+    for name, value in unguarded("gate", "label", "fencer").items():
+        monkeypatch.setenv(name, value)
     faults, raging = await storm(tmp_path, "", Plan(transfers=3, faults=6, limit=60.0), devices=2)
     assert raging.pauses, faults
     assert any("was written in epoch" in fault for fault in faults), faults

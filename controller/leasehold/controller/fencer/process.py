@@ -47,9 +47,6 @@ from leasehold.controller.nbd.locks import try_lock
 
 LOCK = "fencer.lock"
 """In the state directory; held while a fencer lives, for the next controller to wait for its end."""
-HARMLESS = "LEASEHOLD_TEST_HARMLESS_FENCER"
-"""Set in the environment of a test, this fencer ends nothing: the test sees what it is there for."""
-
 LOOK = 250_000_000
 """ns."""
 _END = 3_000_000_000
@@ -76,11 +73,10 @@ class Config:
 class Fencer:
     """See the module. Everything but what is said to be aside belongs to the main thread."""
 
-    def __init__(self, config: Config, controller: int, *, harmless: bool) -> None:
+    def __init__(self, config: Config, controller: int) -> None:
         """`controller` is its pidfd."""
         self._gate = Gate.attach(Path(config.gate), writable=True)
         self._control = socket.socket(fileno=config.control_fd)
-        self._harmless = harmless
         self._watchdog = Watchdog(Path(config.watchdog)) if config.watchdog else None
         self._workers: dict[int, Worker] = {}
         self._stewards: dict[int, Steward] = {}
@@ -114,7 +110,7 @@ class Fencer:
             time.sleep(0.005)
 
     def _lacks(self) -> list[str]:
-        lacks = [f"any force, as {HARMLESS} is set"] if self._harmless else []
+        lacks = []
         timeout = None if self._watchdog is None else self._watchdog.timeout()
         if self._watchdog is None:
             lacks.append("a watchdog")
@@ -131,7 +127,7 @@ class Fencer:
         for worker in self._workers.values():
             late, when = worker.overdue(self._gate, now)
             again = min(again, when)
-            if late and not self._harmless:
+            if late:
                 worker.kill(now)
                 again = now + SOON
                 self._say(f"{worker.who} is killed: it was inside after the end of {_slots(late)}", bad=True)
@@ -151,7 +147,7 @@ class Fencer:
         for mount in list(steward.mounts.values()):
             late, when = mount.overdue(self._gate, now, guarded=not steward.gone)
             again = min(again, when)
-            if late and not self._harmless:
+            if late:
                 mount.ring(now)
                 again = now + SOON
                 self._say(f"the filesystem at {mount.mountpoint} is shut down for {steward.who}")
@@ -259,8 +255,6 @@ class Fencer:
         if self._bereaved:
             return
         self._bereaved = _now()
-        if self._harmless:
-            os._exit(0)
         self._gate.set_session(0)
         for worker in self._workers.values():
             worker.kill(self._bereaved)
@@ -364,7 +358,7 @@ def main() -> None:
         return
     try_lock(Path(config.state_dir) / LOCK)
     try:
-        fencer = Fencer(config, controller, harmless=bool(os.environ.get(HARMLESS)))
+        fencer = Fencer(config, controller)
     except OSError as error:
         with socket.socket(fileno=config.control_fd) as control:
             wire.send(control, {"event": "failed", "error": f"{error.filename or ''}: {error.strerror}"})
