@@ -373,6 +373,26 @@ async def test_a_lease_handed_out_again_is_renewed_although_the_stream_broke_mea
     assert await extension(again) == clock.now + TTL * SECOND - MARGIN
 
 
+async def test_a_spare_that_was_not_renewed_lately_is_not_handed_out(
+    service: LeaseService, keeper: LeaseKeeper, clock: Clock
+) -> None:
+    """It would be lost in the hands of whoever has just begun to rely on it."""
+    await keeper.spare(TTL)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*keeper._refills.values())
+    spares = list(keeper._spares[TTL])
+    assert spares
+
+    async def silent(_stream: int, _lease: int, _context: Any) -> int:
+        await asyncio.Event().wait()
+        return TTL
+
+    service.renew = silent
+    clock.now += TTL * SECOND // 2
+    assert all(spare.alive for spare in spares)
+    assert await keeper.spare(TTL) not in spares
+
+
 async def test_a_lease_that_was_adopted_meanwhile_is_not_handed_out(
     service: LeaseService, keeper: LeaseKeeper
 ) -> None:

@@ -226,6 +226,9 @@ class LeaseKeeper:
         pool = self._spares.setdefault(ttl, [])
         living = [lease for lease in pool if lease.alive]
         freshest = max(living, key=lambda lease: lease.deadline, default=None)
+        if freshest is not None and not self._fresh(freshest):
+            # After a silence of etcd the next moment may be its last.
+            freshest = None
         pool[:] = [lease for lease in living if lease is not freshest]
         if ttl not in self._refills:
             self._refills[ttl] = asyncio.create_task(self._refill(ttl, pool))
@@ -333,11 +336,14 @@ class LeaseKeeper:
         returned = self._returned.get(ttl)
         while returned:
             old = returned.pop()
-            sent = old.deadline + margin_ns(ttl) - ttl * NANOSECONDS
-            if old.alive and old.id not in self._leases and self.clock() - sent < ttl * NANOSECONDS // 2:
+            if old.alive and old.id not in self._leases and self._fresh(old):
                 # Another object, so that whoever had the old one has no part in it.
-                return self._keep(Lease(self, old.id, ttl, old.deadline), sent + _interval(ttl))
+                return self._keep(Lease(self, old.id, ttl, old.deadline), _sent(old) + _interval(ttl))
         return None
+
+    def _fresh(self, lease: Lease) -> bool:
+        """Whether most of its time is left."""
+        return self.clock() - _sent(lease) < lease.ttl * NANOSECONDS // 2
 
     async def _refill(self, ttl: int, pool: list[Lease]) -> None:
         try:
@@ -505,6 +511,11 @@ class LeaseKeeper:
 
 def _oldest(exchange: _Exchange) -> int:
     return next((sent for _, sent in exchange.pending.values()), 0)
+
+
+def _sent(lease: Lease) -> int:
+    """When the last renewal was sent that etcd has confirmed."""
+    return lease.deadline + margin_ns(lease.ttl) - lease.ttl * NANOSECONDS
 
 
 def _deadline(sent: int, ttl: int) -> int:
