@@ -60,6 +60,7 @@ class Storage:
     highest: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     stuck: set[str] = field(default_factory=set)
+    hanging: set[str] = field(default_factory=set)
 
     def note(self, who: str, what: str, device: str, epoch: int) -> None:
         self.log.append((who, what, device, epoch))
@@ -135,10 +136,16 @@ class FakeDriver:
         return None
 
     async def deactivate(self, activation: Activation, *, drain: float) -> None:
+        if self.who in self.storage.hanging:
+            self.storage.note(self.who, "hang", activation.device, activation.epoch)
+            await eventually(self.answers, within=600)
         if self.who in self.storage.stuck:
             raise NotProved(activation.device, activation.epoch, "it hangs")
         self.storage.writers.get(activation.device, {}).pop(self.who, None)
         self.storage.note(self.who, "deactivate", activation.device, activation.epoch)
+
+    async def answers(self) -> bool | None:
+        return self.who not in self.storage.hanging or None
 
 
 class Site:
@@ -189,6 +196,7 @@ class Site:
 
     async def close(self) -> None:
         self.storage.stuck.clear()
+        self.storage.hanging.clear()
         for daemon in self.running:
             await daemon.stop()
 
@@ -581,6 +589,42 @@ async def test_a_later_epoch_is_given_back_while_it_is_stuck(site: Site) -> None
     await eventually(cleared, within=20)
     await site.assign("a")
     await site.serving("a", epoch=4)
+
+
+async def test_a_later_epoch_is_given_back_while_the_proof_hangs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is not to wait here for a driver that does not answer."""
+    monkeypatch.setattr("leasehold.controller.settlement._GRACE", 600.0)
+    await site.device("a", "b")
+    await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    await site.serving("a")
+    site.storage.stuck.add("a")
+    await site.installation.kv.delete(site.installation.keys.holder(DISK))
+    await site.serving("b", epoch=2)
+    site.storage.hanging.add("a")
+
+    async def hangs() -> bool | None:
+        return ("a", "hang", DISK, 1) in site.storage.log or None
+
+    await eventually(hangs)
+    await site.direct("a")
+    await site.until(lambda state: state.epoch == 3 and state.free)
+    await site.assign("b")
+    await site.serving("b", epoch=4)
+    assert "a" in site.storage.hanging
+    site.storage.hanging.clear()
+    site.storage.stuck.clear()
+
+    async def proved() -> bool | None:
+        return ("a", "deactivate", DISK, 1) in site.storage.log or None
+
+    await eventually(proved)
+    assert not [entry for entry in site.storage.log if entry[:2] == ("a", "activate") and entry[3] > 1]
+    await site.direct("a")
+    await site.serving("a", epoch=5)
 
 
 async def test_waits_a_whole_ttl_under_strict(site: Site) -> None:

@@ -343,6 +343,47 @@ async def test_a_hidden_mount_namespace_is_not_released(site: Site, image: Path,
     assert_clean(image)
 
 
+@contextlib.contextmanager
+def knowing_no_flags(root: Path) -> Iterator[None]:
+    """`root` on a filesystem on which nothing can be immutable."""
+    root.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", str(root)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+@pytest.mark.needs("unshare")
+@pytest.mark.parametrize("flags", [True, False], ids=["immutable", "removed"])
+async def test_a_path_that_is_over_takes_nothing(site: Site, image: Path, flags: bool) -> None:
+    root = site.directory / "mnt"
+    with contextlib.nullcontext() if flags else knowing_no_flags(root):
+        activation = site.activation(image, 1)
+        mounted = await site.activate(activation)
+        with running(*unshared(root), "sh", "-c", f"cd {mounted} && exec sleep 60") as hidden:
+            await until(lambda: os.readlink(f"/proc/{hidden.pid}/cwd") == str(mounted))
+            with pytest.raises(NotProved, match="still in use by"):
+                await site.driver.deactivate(activation, drain=0)
+            assert mount_api.mounted_at(str(mounted)) is None
+            with pytest.raises(OSError, match="not permitted" if flags else "No such file"):
+                write(mounted / "late", "lost")
+            with pytest.raises(OSError, match="not permitted" if flags else "No such file"):
+                (mounted / "directory").mkdir()
+        await site.driver.deactivate(activation, drain=0)
+        assert not mounted.exists()
+    assert_clean(image)
+
+
+async def test_a_mount_that_fails_leaves_no_place(site: Site, image: Path) -> None:
+    os.truncate(image, 1 << 20)
+    activation = site.activation(image, 1)
+    with pytest.raises(ActivationFailed, match="can not be mounted"):
+        await site.activate(activation)
+    await site.driver.deactivate(activation, drain=0)
+    assert list((site.directory / "mnt").iterdir()) == []
+
+
 @pytest.mark.parametrize("fstype", ["ext4", "xfs"])
 async def test_is_shut_down_at_its_deadline(site: Site, directory: Path, fstype: str) -> None:
     image = make_image(directory / "image", fstype)

@@ -17,12 +17,15 @@ from leasehold.client.dev import free_port
 from leasehold.client.status import from_rpc
 from leasehold.controller import upstream
 from leasehold.controller.relay import METHODS, SERVICES, Relay
+from leasehold.runtime import caller
 from leasehold.runtime.api import ApiError, ApiServer, Bounds, Exhausted, answering, streaming
 from leasehold.runtime.channels import silence
 from leasehold.store.codec import encode
 from leasehold.store.records import Coordinator, CoordinatorId, InstanceId, lease_number
 from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc
 
+FALSE = ((caller.RELAY, "b"), (caller.CALLER, b"admin"))
+"""Metadata by which a client says that it is a controller."""
 STALL = 1.0
 """Seconds for which a client may leave a stream unread."""
 
@@ -153,11 +156,12 @@ def test_knows_every_method_of_the_api() -> None:
 
 async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:
     coordinator = await relayed.coordinator("c1")
-    call, answer = await relayed.get("r1", timeout=7, metadata=(("x-client", "backup"),))
+    call, answer = await relayed.get("r1", timeout=7, metadata=(("x-client", "backup"), *FALSE))
     assert answer.status.reason == "c1"
     ((request, metadata, left),) = coordinator.calls
     assert request == "r1"
     assert metadata["x-client"] == "backup"
+    assert (metadata[caller.RELAY], metadata[caller.CALLER]) == ("a", b"")
     assert left is not None
     assert 0 < left < 8
     assert ("x-served-by", "c1") in tuple(await call.trailing_metadata())
@@ -331,6 +335,10 @@ class Left:
     @staticmethod
     def invocation_metadata() -> tuple[()]:
         return ()
+
+    @staticmethod
+    def auth_context() -> dict[str, tuple[bytes, ...]]:
+        return {}
 
 
 @pytest.mark.parametrize("request_id", ["breaks", "gone", "nobody"])

@@ -7,16 +7,26 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from authority import Authority
 from equipment import missing
 from etcd_server import EtcdServer
+from installation import DISK, Installation
 from leasehold.client import NoCoordinator, Tls, Untrusted, connect
 from leasehold.client.dev import free_port
 from leasehold.client.nbd import NbdClient
 from leasehold.client.tls import CA, CERT, KEY, Security
+from leasehold.runtime import caller
+from leasehold.store import ownership
+from leasehold.store.codec import encode
+from leasehold.store.connection import Connection, EtcdConfig
+from leasehold.store.records import Device
+from leasehold.v1 import devices_pb2, devices_pb2_grpc
 
 SOON = 20.0
 
@@ -32,6 +42,12 @@ class Certificates:
     @property
     def tls(self) -> Tls:
         return Tls(self.authority.certificate, self.certificate, self.key)
+
+    def of(self, name: str) -> grpc.ChannelCredentials:
+        """Of a client with a certificate for this name."""
+        certificate, key = self.authority.sign(name)
+        trusted = self.authority.certificate.read_bytes()
+        return grpc.ssl_channel_credentials(trusted, key.read_bytes(), certificate.read_bytes())
 
     @property
     def table(self) -> str:
@@ -141,6 +157,47 @@ async def test_who_is_let_in_and_what_the_others_are_told(
     monkeypatch.setenv(KEY, str(certificates.key))
     async with connect(secured.coordinator) as leasehold:
         assert await leasehold.devices() == []
+
+
+class Forging(grpc.aio.UnaryUnaryClientInterceptor):
+    """A client that says that it is a controller, which was shown the certificate of another."""
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        metadata = ((caller.RELAY, "b"), (caller.CALLER, b"admin); certificate (admin"))
+        return await continuation(details._replace(metadata=metadata), request)
+
+
+@pytest.mark.parametrize("door", ["coordinator", "controller"])
+@pytest.mark.parametrize("forging", [False, True], ids=["honest", "forging"])
+async def test_a_word_is_recorded_with_whose_certificate_was_verified_and_what_was_told(
+    secured: Site, certificates: Certificates, door: str, forging: bool
+) -> None:
+    credentials = certificates.of("carol")
+    async with (
+        Connection(EtcdConfig((secured.etcd.endpoint,))) as connection,
+        grpc.aio.secure_channel(
+            getattr(secured, door), credentials, interceptors=[Forging()] if forging else []
+        ) as channel,
+    ):
+        installation = Installation(connection, secured.prefix)
+        dead = await installation.controller("dead")
+        # Nobody that is there can take it over.
+        spec = encode(Device(device=DISK, driver="tape"))
+        await installation.kv.put(installation.keys.device(DISK), spec)
+        state = await installation.state()
+        await installation.apply(ownership.assign(installation.author, state, dead, reason="test"))
+        await installation.revoke(dead.session_lease)
+        stub: Any = devices_pb2_grpc.DeviceServiceStub(channel)
+        await stub.ConfirmDead(
+            devices_pb2.ConfirmDeadRequest(device=DISK, controller="dead", reason="gone", operator="alice")
+        )
+        (recorded,) = [item.value.operator for item in await installation.history() if item.value.operator]
+    relayed = "certificate ours; says that it is controller controller and was shown certificate carol"
+    forged = (
+        "certificate carol; says that it is controller b and was shown certificate admin certificate admin"
+    )
+    direct = forged if forging else "certificate carol"
+    assert recorded == f"alice ({relayed if door == 'controller' else direct})"
 
 
 async def test_a_server_in_plaintext_is_told_from_one_that_is_gone(

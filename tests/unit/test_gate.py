@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from leasehold.controller import gate as gate_module
-from leasehold.controller.gate import Gate, GateError
+from leasehold.controller.gate import Gate, GateError, settle_in
 
 SECOND = 10**9
 
@@ -278,3 +278,34 @@ def test_real_time_is_boot_time(tmp_path: Path) -> None:
     assert not gate.allows(1, 1)
     assert os.stat(tmp_path / "gate").st_mode & 0o777 == 0o600
     gate.close()
+
+
+def test_what_an_earlier_instance_left_elsewhere_is_ended_and_removed(tmp_path: Path, clock: Clock) -> None:
+    record, old, new = tmp_path / "record", tmp_path / "old", tmp_path / "new"
+    crashed = settle_in(old, 4, record)
+    crashed.set_session(clock.now + 100 * SECOND)
+    crashed.open(0, 1, clock.now + 100 * SECOND)
+    worker = Gate.attach(old)
+    assert worker.allows(0, 1)
+    crashed.close()
+    (tmp_path / ".new.4711").write_bytes(b"killed while it made this")
+    restarted = settle_in(new, 4, record)
+    assert not worker.allows(0, 1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "record"]
+    worker.close()
+    restarted.close()
+    settle_in(new, 4, record).close()
+    assert new.exists()
+
+
+def test_what_is_not_an_earlier_instance_s_stays(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    living = Gate.create(tmp_path / "living", slots=4)
+    for name in ("living", "foreign", "gone"):
+        record.write_text(str(tmp_path / name), encoding="utf-8")
+        (tmp_path / "foreign").write_bytes(bytes(100))
+        settle_in(tmp_path / "new", 4, record).close()
+        assert record.read_text(encoding="utf-8") == str(tmp_path / "new")
+    assert (tmp_path / "living").exists()
+    assert (tmp_path / "foreign").read_bytes() == bytes(100)
+    living.close()

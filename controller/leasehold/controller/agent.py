@@ -84,6 +84,7 @@ class Agent:
         self.backoffs: dict[DeviceId, Backoff] = {}
         self.stopping = False
         self.worker: KeyedWorker[DeviceId] = KeyedWorker(self._sync)
+        self._returns: KeyedWorker[DeviceId] = KeyedWorker(self._give_back)
 
     # What the observer tells.
 
@@ -100,6 +101,9 @@ class Agent:
             if assignment.value.action is AssignmentAction.YIELD:
                 hold.end("told to yield", graceful=True)
             return
+        if hold is not None and hold.stuck:
+            # The proof that is under way may hang for long, and the device is not to wait here for that.
+            self._returns.wake(device)
         self.worker.wake(device)
 
     def holder_deleted(self, device: DeviceId, prev: Holder | None) -> None:
@@ -193,11 +197,13 @@ class Agent:
         """Give everything up, in order. True if nothing is left to be proved or released."""
         self.pause("this controller stops")
         await self.given_up(seconds)
+        await self._returns.close()
         await self.worker.close()
         return not self.holds
 
     async def close(self) -> None:
         """Stop all work, as it is."""
+        await self._returns.close()
         await self.worker.close()
         for hold in self.holds.values():
             hold.drop()
@@ -219,7 +225,7 @@ class Agent:
                 continue
             state, found = await self._look(device, hold, told)
             if hold is not None and hold.phase is Phase.ENDING:
-                await self._give_back(hold, state)
+                self._returns.wake(device)
                 self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
                 return
             decision = decide(self._situation(device, hold), state)
@@ -252,15 +258,25 @@ class Agent:
             return None
         return told(self._context.keys, assignment, spec)
 
-    async def _give_back(self, hold: Hold, state: DeviceState) -> None:
-        """Give up a later epoch of a device that is stuck here: it can not begin before the proof."""
-        holder, me = state.holder.value if state.holder else None, self._session.me
-        if state.unreadable or holder is None or me is None or holder.instance != me.instance:
-            return
-        if holder.epoch > hold.epoch:
+    async def _give_back(self, device: DeviceId) -> None:
+        """Give up a later epoch of a device that is stuck here: it can not begin before the proof.
+
+        Beside the sync of that device, which may be asking for the proof at this moment. So that it can not
+        begin that epoch meanwhile, the epoch is over here before it is released.
+        """
+        for _ in range(_ROUNDS):
+            state = (await self._context.read(device))[0]
+            hold, me = self.holds.get(device), self._session.me
+            holder = state.holder.value if state.holder else None
+            if hold is None or not hold.stuck or me is None or holder is None or state.unreadable:
+                return
+            if holder.instance != me.instance or holder.epoch <= hold.epoch:
+                return
+            self._ended[device] = max(holder.epoch, self._ended.get(device, NO_EPOCH))
             reason = f"it is stuck here in epoch {hold.epoch}"
-            if await self._settler.release(hold.device, frozenset({holder.epoch}), state, reason):
-                self._ended[hold.device] = holder.epoch
+            if await self._settler.release(device, frozenset({holder.epoch}), state, reason):
+                return
+        raise Unavailable(f"device {device} changes too fast to be given back")
 
     async def _look(
         self, device: DeviceId, hold: Hold | None, told: Told | None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from leasehold.controller.context import Context
 from leasehold.controller.takeover import Backoff, may_serve, obstacle, ranking, vacant
+from leasehold.store.clock import NANOSECONDS
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.kv import KeyValue, get_prefix
 from leasehold.store.ownership import DeviceState, take_over
@@ -14,7 +15,6 @@ from leasehold.store.transaction import Applied
 
 _log = logging.getLogger(__name__)
 
-_SECOND = 1_000_000_000
 _ROSTER_LIFE = 1.0
 """Seconds for which one reading of the registrations serves the takeovers of many devices. It is advice: what
 is decided by it is compared again in the transaction."""
@@ -126,9 +126,9 @@ class Contest:
                 lost=chance.lost,
             )
             rank = order.index(me.controller) if me.controller in order else len(order)
-        due = chance.since + int(rank * context.timing.head_start * _SECOND)
+        due = chance.since + int(rank * context.timing.head_start * NANOSECONDS)
         if (wait := due - context.clock()) > 0:
-            return Later(wait / _SECOND)
+            return Later(wait / NANOSECONDS)
         transaction = take_over(context.author, state, me, reason=why)
         outcome = await context.commit(transaction, device, Epoch(state.epoch + 1), "TAKEN_OVER")
         if not isinstance(outcome, Applied):
@@ -162,7 +162,7 @@ class Contest:
     def _fresh(self, task: "asyncio.Task[_Roster]") -> bool:
         if task.cancelled() or task.exception() is not None:
             return False
-        return self._context.clock() - task.result().read_at < _ROSTER_LIFE * _SECOND
+        return self._context.clock() - task.result().read_at < _ROSTER_LIFE * NANOSECONDS
 
     async def _read_roster(self) -> _Roster:
         context = self._context

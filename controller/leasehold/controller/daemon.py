@@ -28,7 +28,7 @@ from leasehold.controller.context import Context
 from leasehold.controller.driver import Driver, DriverContext
 from leasehold.controller.drivers import DriverFactory, driver_factories
 from leasehold.controller.fencer.channel import FencerChannel
-from leasehold.controller.gate import Gate
+from leasehold.controller.gate import Gate, settle_in
 from leasehold.controller.health import watch_health, watch_records
 from leasehold.controller.journal import Journal
 from leasehold.controller.observer import Observer
@@ -105,7 +105,7 @@ class Daemon:
             journal = Journal.open(config.state_dir, config.controller)
         self._cleanup.callback(journal.close)
         with _usable("data.gate_dir"):
-            gate = Gate.create(config.gate_file, config.data.slots)
+            gate = settle_in(config.gate_file.absolute(), config.data.slots, config.state_dir / "gate.path")
         self._cleanup.callback(gate.close)
         self._fencer = FencerChannel(gate, config.state_dir, config.fencer.watchdog)
         self._cleanup.push_async_callback(self._fencer.stop)

@@ -43,6 +43,7 @@ and then a stuck disk stops renewals.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -112,6 +113,9 @@ class Gate:
             gate._words[0] = _MAGIC
             gate._free.extend(range(slots))
             fresh.replace(path)
+            for unfinished in path.parent.glob(f".{path.name}.*"):
+                # Of an earlier instance that was killed right here.
+                unfinished.unlink(missing_ok=True)
             return gate
         finally:
             if old is not None:
@@ -269,6 +273,30 @@ def _slots_of(fd: int, path: Path) -> int:
     if not 1 <= slots <= MAX_SLOTS or os.fstat(fd).st_size != (_HEADER + slots * _STRIDE) * _WORD:
         raise GateError(f"{path} is damaged: its size does not fit {slots} slots")
     return int(slots)
+
+
+def settle_in(path: Path, slots: int, record: Path) -> Gate:
+    """A new gate; that which an earlier instance had elsewhere, by `record`, is ended and removed.
+
+    Where it is the same place, as it is unless the configuration was changed, `Gate.create` has replaced it.
+    Those of other controllers are theirs: who was killed ends what it left by its gate, when it starts again.
+
+    Raises OSError, and GateError as `Gate.create` does.
+    """
+    try:
+        earlier = Path(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        earlier = path
+    if earlier != path:
+        with contextlib.suppress(FileNotFoundError, GateError):
+            # GateError: what is there is no gate, or is somebody's who lives.
+            Gate.attach(earlier).close()
+            fd = _retire(earlier)
+            if fd is not None:
+                earlier.unlink(missing_ok=True)
+                os.close(fd)
+    record.write_text(str(path), encoding="utf-8")
+    return Gate.create(path, slots)
 
 
 def _retire(path: Path) -> int | None:

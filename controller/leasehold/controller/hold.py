@@ -36,6 +36,7 @@ from leasehold.store.leases import Lease
 from leasehold.store.ownership import DeviceState, Told
 from leasehold.store.records import (
     NO_EPOCH,
+    NO_LEASE,
     NO_REQUEST,
     Controller,
     ControllerId,
@@ -242,6 +243,11 @@ class Hold:
     def __str__(self) -> str:
         who = self.me.controller
         return f"device {self.device} epoch {self.epoch} holder {who} request {self.request or '-'}"
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the driver was asked before to prove it over, here or before a crash, and could not."""
+        return self.phase is Phase.ENDING and (self.proofs_missed > 0 or self.me.session_lease == NO_LEASE)
 
     def open(self, lease: Lease) -> bool:
         """Let I/O through until the lease's deadline, and further with every renewal. False if it is over.

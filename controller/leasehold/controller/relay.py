@@ -1,10 +1,10 @@
 """The public API at a controller: every call is passed on to a coordinator.
 
-A client may ask whichever daemon it reaches. Calls are passed on as bytes, with their deadline and metadata,
-and answers with their details and trailers, so nothing here knows a method but whether it streams. A call
-that no coordinator has answered is tried at the next one: an id makes every request of this API the same
-request, and an error that carries details *is* an answer. A stream that has brought something is not begun
-again: the client is told, and asks anew.
+A client may ask whichever daemon it reaches. Calls are passed on as bytes, with their deadline and metadata
+and the name in the client's certificate (`leasehold.runtime.caller`), and answers with their details and
+trailers, so nothing here knows a method but whether it streams. A call that no coordinator has answered is
+tried at the next one: an id makes every request of this API the same request, and an error with details
+*is* an answer. A stream that has brought something is not begun again: the client is told, and asks anew.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from leasehold.controller.upstream import CutOff, Upstream, answered
+from leasehold.runtime import caller
 from leasehold.runtime.api import STALL, ApiError, answering, streaming
 from leasehold.runtime.channels import Channels
 from leasehold.runtime.roster import rendezvous
@@ -35,7 +36,7 @@ Stub = Any
 _log = logging.getLogger(__name__)
 
 _DETAILS = "grpc-status-details-bin"
-_OURS = frozenset({"user-agent", "content-type", "te", "host"})
+_OURS = frozenset({"user-agent", "content-type", "te", "host", caller.RELAY, caller.CALLER})
 """Metadata of the hop and not of the call."""
 
 
@@ -161,7 +162,7 @@ class Relay(grpc.GenericRpcHandler):
         for upstream in self._order():
             try:
                 with upstream.call() as cut:
-                    call = _begun(upstream.channel.unary_unary(method), request, context)
+                    call = self._begun(upstream.channel.unary_unary(method), request, context)
                     try:
                         answer: bytes = await answered(call, cut)
                     finally:
@@ -178,13 +179,17 @@ class Relay(grpc.GenericRpcHandler):
             _log.warning("no answer to %s: %s", method, last)
         raise _nobody(last)
 
+    def _begun(self, stub: Stub, request: bytes, context: Any) -> Any:
+        metadata = (*_passed(context.invocation_metadata()), *caller.told(context, self._name))
+        return stub(request, timeout=context.time_remaining(), metadata=metadata)
+
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         last = ""
         for upstream in self._order():
             begun = False
             try:
                 with upstream.call() as cut:
-                    call = _begun(upstream.channel.unary_stream(method), request, context)
+                    call = self._begun(upstream.channel.unary_stream(method), request, context)
                     try:
                         while (answer := await answered(call.read(), cut)) is not grpc.aio.EOF:
                             begun = True
@@ -203,10 +208,6 @@ class Relay(grpc.GenericRpcHandler):
                 last = f"{upstream.endpoint}: {self._channels.explain(error)}"
             _log.warning("no answer to %s: %s", method, last)
         raise _nobody(last)
-
-
-def _begun(stub: Stub, request: bytes, context: Any) -> Any:
-    return stub(request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata()))
 
 
 def _passed(metadata: Any) -> tuple[tuple[str, str | bytes], ...]:

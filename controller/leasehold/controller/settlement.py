@@ -15,7 +15,7 @@ from leasehold.controller.hold import Hold, Phase
 from leasehold.store.codec import Unreadable, decode
 from leasehold.store.kv import KeyValue
 from leasehold.store.ownership import Answering, DeviceState, release, swap
-from leasehold.store.records import NO_EPOCH, NO_LEASE, Availability, DeviceId, Epoch
+from leasehold.store.records import NO_EPOCH, Availability, DeviceId, Epoch
 from leasehold.store.transaction import Applied
 from leasehold.store.walltime import timestamp
 
@@ -51,7 +51,7 @@ class Settler:
             if hold.phase is Phase.ENDING and sys.exc_info()[0] is not None:
                 hold.unproved()
         context.journal.prove(hold.device, hold.epoch, f"driver {hold.driver.name}")
-        if hold.proofs_missed or hold.me.session_lease == NO_LEASE:
+        if hold.stuck:
             # Before anything is released: if etcd does not answer, the whole proof is asked for again.
             await stuck.clear(context, hold.device)
         hold.proved()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from leasehold.controller.driver import FenceKind
 from leasehold.runtime.roster import rendezvous
+from leasehold.store.clock import NANOSECONDS
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import Controller, ControllerId, Device, LeaseId
 
-_SECOND = 1_000_000_000
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 
@@ -31,11 +31,11 @@ class Backoff:
 
     def failed(self, now: int) -> "Backoff":
         pause = min(FIRST_PAUSE * 2 ** min(self.failures, 10), LONGEST_PAUSE)
-        return Backoff(self.failures + 1, now + int(pause * _SECOND))
+        return Backoff(self.failures + 1, now + int(pause * NANOSECONDS))
 
     def left(self, now: int) -> float:
         """Seconds to wait before competing again."""
-        return max(self.until - now, 0) / _SECOND
+        return max(self.until - now, 0) / NANOSECONDS
 
 
 def may_serve(spec: Device, candidate: Controller) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from leasehold.coordinator.ledger import Ledger
+from leasehold.runtime import caller
 from leasehold.runtime.api import ApiError, require
 from leasehold.store import ownership
 from leasehold.store.codec import Unreadable, decode
@@ -38,15 +39,12 @@ class Word:
 
 
 def operator(name: str, context: "grpc.aio.ServicerContext[Any, Any]") -> str:
-    """The person, as they call themselves, and as the certificate they came with does. Raises ApiError.
-
-    Through a controller the certificate is that controller's.
-    """
-    printable = 0 < len(name.strip()) <= LONGEST_NAME and name.isprintable()
-    require(printable, "operator", "the name of who says so, printable")
-    certificate = b", ".join(context.auth_context().get("x509_common_name", ())).decode(errors="replace")
-    shown = "".join(character for character in certificate if character.isprintable())
-    return f"{name.strip()} (certificate {shown[:LONGEST_NAME]})" if shown else name.strip()
+    """The person, as they call themselves, and in parentheses who they are to `caller`. Raises ApiError."""
+    name = name.strip()
+    fits = 0 < len(name) <= LONGEST_NAME and name.isprintable() and not set("()") & set(name)
+    require(fits, "operator", "the name of who says so, printable and without parentheses")
+    known = caller.shown(context)
+    return f"{name} ({known})" if known else name
 
 
 class Confirming:
@@ -103,11 +101,20 @@ class Confirming:
         for item in reversed(changes.items):
             with suppress(Unreadable):
                 change = decode(ControlChange, item).value
-                said = (change.operator, change.reason)
+                # It may have been given again by another way, and be told with another certificate.
+                said = (_called(change.operator), change.reason)
                 if change.lost is not None and change.lost.controller == word.controller:
-                    same = change.kind is ChangeKind.CONFIRMED_DEAD and said == (word.operator, word.reason)
+                    same = change.kind is ChangeKind.CONFIRMED_DEAD and said == (
+                        _called(word.operator),
+                        word.reason,
+                    )
                     return [change.lost.epoch] if same else []
         return []
+
+
+def _called(operator: str) -> str:
+    """How the person calls themselves."""
+    return operator.partition(" (")[0]
 
 
 def _refused(state: DeviceState, controller: ControllerId, why: str) -> ApiError:

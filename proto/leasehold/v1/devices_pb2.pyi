@@ -385,7 +385,7 @@ class ConfirmDeadRequest(google.protobuf.message.Message):
     reason: builtins.str
     """How the operator knows, in a sentence; required."""
     operator: builtins.str
-    """Who says so; required."""
+    """Who says so; required, without parentheses."""
     def __init__(
         self,
         *,

@@ -984,7 +984,7 @@ class ControlChange(google.protobuf.message.Message):
     recorded_at: builtins.str
     """When; RFC 3339, for people only."""
     operator: builtins.str
-    """The person on whose word it was made, and the certificate they came with; empty if it was nobody's."""
+    """The person on whose word it was made, and what TLS knows of them; empty if it was nobody's."""
     @property
     def lost(self) -> global___Party:
         """Who lost control, or is to."""

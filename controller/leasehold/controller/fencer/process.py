@@ -40,7 +40,7 @@ from leasehold.controller.fencer import privileges, wire
 from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.fencer.wards import NEVER, SOON, Mount, Steward, Worker, aside, send
 from leasehold.controller.fencer.watchdog import Watchdog
-from leasehold.controller.filesystem import mount_api
+from leasehold.controller.filesystem import mount_api, mountpoint
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd.backing import settle
 from leasehold.controller.nbd.locks import try_lock
@@ -293,13 +293,20 @@ class Fencer:
         except OSError as error:
             self._say(f"{mount.mountpoint} stays mounted, shut down: {error.strerror}", bad=True)
             return
-        self._settle(mount.backing, alone=True)
+        settled = self._settle(mount.backing, alone=True)
+        try:
+            if settled or not mountpoint.immutable(mount.mountpoint):
+                mountpoint.remove(mount.mountpoint)
+        except OSError as error:
+            self._say(f"{mount.mountpoint} can not be removed: {error.strerror}", bad=True)
 
-    def _settle(self, path: str, *, alone: bool) -> None:
+    def _settle(self, path: str, *, alone: bool) -> bool:
         try:
             settle(path, alone=alone)
         except OSError as error:
             self._say(f"{path} is not proved to be at rest: {error.strerror}", bad=True)
+            return False
+        return True
 
     # Means.
 

@@ -166,7 +166,7 @@ def send(pidfd: int, number: signal.Signals) -> None:
         return
 
 
-def aside(work: Callable[[], None]) -> threading.Thread:
+def aside(work: Callable[[], object]) -> threading.Thread:
     """Begin what may hang, in a thread that nobody has to wait for."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

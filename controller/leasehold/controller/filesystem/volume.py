@@ -14,7 +14,8 @@ Making it:
 Its end is a pipeline, each step of which may be asked for again:
 
 1. sync          while the hold still stands; else the filesystem is shut down instead
-2. unmount       what is visible; whoever still uses it has the drain time to leave
+2. unmount       what is visible; whoever still uses it has the drain time to leave. What is left is a
+                 directory in which nobody can make anything (`mountpoint`), until the proof
 3. read-only     the filesystem itself, wherever another mount namespace may still have it; or it is shut down
 4. let go        of the first mount, the fencer first; where nobody else has one, the filesystem ends here
 5. prove         the block device can be opened by us alone
@@ -32,6 +33,7 @@ import errno
 import json
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -40,7 +42,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from leasehold.controller.fencer.link import Link
-from leasehold.controller.filesystem import loops, mount_api, options, users
+from leasehold.controller.filesystem import loops, mount_api, mountpoint, options, users
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label, Registration
 from leasehold.controller.nbd.backing import GONE
@@ -165,9 +167,9 @@ class Volume:
             self._require_gate()
             spec = self.spec
             asked = options.parse(self.spec.fstype, self.spec.options, read_only=self.spec.read_only)
-            os.makedirs(self.spec.mountpoint, exist_ok=True)
             if mount_api.mounted_at(self.spec.mountpoint) is not None:
                 raise VolumeFailed(f"something is mounted at {self.spec.mountpoint} already")
+            mountpoint.make(self.spec.mountpoint)
             if not self.spec.read_only:
                 # Once more, in case an earlier process has prepared it.
                 self._register()
@@ -220,9 +222,7 @@ class Volume:
             self._seal()
             self._let_go()
             self._prove()
-            with contextlib.suppress(OSError):
-                # Somebody may have put a file there; the next epoch has another place.
-                os.rmdir(self.spec.mountpoint)
+            self._clear_away(proved=True)
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -397,6 +397,20 @@ class Volume:
                     raise VolumeFailed(f"{self.spec.mountpoint} is kept busy by {who}") from error
                 time.sleep(_PAUSE)
         self._shown = False
+        self._clear_away(proved=False)
+
+    def _clear_away(self, *, proved: bool) -> None:
+        """Whoever still uses the path must not find a place to write there, before the proof and after it."""
+        try:
+            if proved or not mountpoint.immutable(self.spec.mountpoint):
+                mountpoint.remove(self.spec.mountpoint)
+        except OSError as error:
+            # No reason to keep the device: the next epoch has another place. But somebody may miss a file.
+            print(  # noqa: T201
+                f"steward: device {self.spec.device} epoch {self.spec.epoch}: {self.spec.mountpoint} can not"
+                f" be removed: {error.strerror}; what is in it is on this host's disk and not on the device",
+                file=sys.stderr,
+            )
 
     def _seal(self) -> None:
         if not self.live or self.spec.read_only:
