@@ -43,6 +43,10 @@ async def measure(plan: Plan, say: Callable[[str], None], environments: Path) ->
             for number in range(plan.rounds):
                 say(f"round {number + 1} of {plan.rounds}: commits, handovers, transfers")
                 await _latencies(plan, cluster, leasehold, etcdctl, tooz, number, rounds)
+                with DevCluster(devices=1, size=_IMAGE, ttl=TTL, coordinators=1, say=say) as small:
+                    async with connect(*small.endpoints) as alone:
+                        taken = await requests(alone, "disk-1", plan.requests, elsewhere=True)
+                _both("alone", taken, rounds)
                 await _rates(plan, cluster, leasehold, rounds)
     return [_commits(plan, rounds), _handovers(rounds, gaps), _transfers(plan, rounds)]
 
@@ -129,12 +133,15 @@ def _handovers(rounds: _Rounds, gaps: list[str]) -> Section:
 
     moved = figure("active elsewhere, p50", "elsewhere p50", Target(8, of_ratio=True))
     slow = figure("active elsewhere, p99", "elsewhere p99")
+    alone = figure("active elsewhere, with one coordinator, p50", "alone p50")
     here = figure("active where it is wanted, p50", "here p50")
-    section.figures = [moved, slow, here, figure("active where it is wanted, p99", "here p99")]
+    section.figures = [moved, slow, alone, figure("active elsewhere, with one coordinator, p99", "alone p99")]
+    section.figures += [here, figure("active where it is wanted, p99", "here p99")]
     bars = [
         figure("", "commit p50").bar("one commit", "base"),
         here.bar("active where wanted"),
         moved.bar("active elsewhere"),
+        alone.bar("the same, one coordinator"),
     ]
     for key, name in (("etcdctl", "etcdctl lock"), ("tooz", "tooz on etcd3gw")):
         if f"{key} p50" in rounds:
@@ -158,7 +165,8 @@ def _transfers(plan: Plan, rounds: _Rounds) -> Section:
         "transfers",
         "3. Transfers at once",
         "All devices are on their way at the same time. A transfer takes three commits, so the ratio is to a"
-        " third of the commits per second with as many under way.",
+        " third of the commits per second with as many under way; and to a third of those that are made one"
+        " after the other.",
     )
     groups = []
     for devices in plan.devices:
@@ -178,7 +186,14 @@ def _transfers(plan: Plan, rounds: _Rounds) -> Section:
             base=possible,
             to="commits/s / 3",
         )
-        section.figures += [moved, asked]
+        in_turn = Figure.of(
+            f"transfers, {devices} devices, beside commits one after the other",
+            rounds[f"transfers {devices}"],
+            "/s",
+            base=1e3 / statistics.median(rounds["commit p50"]) / 3,
+            to="commits/s in turn / 3",
+        )
+        section.figures += [moved, in_turn, asked]
         third = Figure.of("", [value / 3 for value in rounds[f"commits {devices}"]], "/s")
         bars = (
             third.bar("commits/s / 3", "base"),

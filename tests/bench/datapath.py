@@ -7,13 +7,13 @@ import tempfile
 import time
 from asyncio.subprocess import DEVNULL
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.chart import Chart, Group
 from bench.figures import Figure, Section, Target
-from bench.nbd_peers import serving
+from bench.nbd_peers import CACHED, DIRECT, Peers, serving
 from bench.plan import Plan
 from leasehold.client import connect
 from leasehold.client.dev import DevCluster
@@ -60,6 +60,8 @@ CASES = tuple(
     for size in (1024, 256, 64)
     for connections in (1, 4)
 )
+WRITES = tuple(case for case in CASES if case.write and case.target)
+_Rounds = dict[tuple[Case, str], list[float]]
 
 
 def place(size: int) -> Path:
@@ -80,50 +82,62 @@ async def measure(plan: Plan, say: Callable[[str], None]) -> list[Section]:
         f"`nbdcopy` reads and writes an image of {plan.size >> 20} MiB over TCP, all of it in the page cache,"
         " by turns through each server on the same file. The ratio is to the better of the others.",
     )
+    direct = Section(
+        "direct",
+        "6. Writing past the page cache",
+        f"`nbdcopy` writes an image of {plan.direct >> 20} MiB on disk over TCP, as the driver does by"
+        " default, by turns through each server on the same file.",
+    )
     if shutil.which("nbdcopy") is None:
-        section.gaps.append("The data path was not measured: nbdcopy is not installed.")
-        return [section]
-    rounds: dict[tuple[Case, str], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="leasehold-bench-", dir=place(plan.size)) as directory:
+        for each in (section, direct):
+            each.gaps.append("The data path was not measured: nbdcopy is not installed.")
+        return [section, direct]
+    memory, disk = place(plan.size), Path(tempfile.gettempdir())
+    _fill(section, CASES, *await _measured(plan, plan.size, memory, CACHED, CASES, section, say))
+    _fill(direct, WRITES, *await _measured(plan, plan.direct, disk, DIRECT, WRITES, direct, say))
+    return [section, direct]
+
+
+async def _measured(
+    plan: Plan,
+    size: int,
+    where: Path,
+    peers: Peers,
+    cases: Sequence[Case],
+    section: Section,
+    say: Callable[[str], None],
+) -> tuple[_Rounds, list[str]]:
+    """GB/s of each case and server, and the names of the others. What is missing is said in the section."""
+    rounds: _Rounds = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="leasehold-bench-", dir=where) as directory:
         source = Path(directory) / "source"
         with source.open("wb") as file:
-            while (left := plan.size - file.tell()) > 0:
+            while (left := size - file.tell()) > 0:
                 file.write(_PATTERN[:left])
         cluster = DevCluster(
             Path(directory) / "cluster",
             devices=1,
-            size=plan.size,
+            size=size,
             ttl=30,
             coordinators=1,
             controllers=("a",),
             say=say,
         )
-        with cluster, serving(cluster.device_image("disk-1")) as (uris, gaps):
+        with cluster, serving(cluster.device_image("disk-1"), peers) as (uris, gaps):
             section.gaps += gaps
             async with connect(*cluster.endpoints) as leasehold, leasehold.access("disk-1") as access:
                 uris[OURS] = access.path
-                await _rounds(plan, source, uris, rounds, say)
-    _fill(section, rounds, [name for name in uris if name != OURS])
-    return [section]
-
-
-async def _rounds(
-    plan: Plan,
-    source: Path,
-    uris: dict[str, str],
-    rounds: dict[tuple[Case, str], list[float]],
-    say: Callable[[str], None],
-) -> None:
-    names = list(uris)
-    # What was never written is a hole, and reading one is another thing.
-    await _seconds(Case(True, 1 << 20, 1).command(source, uris[OURS]))
-    for number in range(plan.rounds):
-        say(f"round {number + 1} of {plan.rounds}: reading and writing")
-        turn = number % len(names)
-        for case in CASES:
-            for name in names[turn:] + names[:turn]:
-                seconds = await _seconds(case.command(source, uris[name]))
-                rounds[case, name].append(plan.size / seconds / 1e9)
+                names = list(uris)
+                # What was never written is a hole, and reading one is another thing.
+                await _seconds(Case(True, 1 << 20, 1).command(source, uris[OURS]))
+                for number in range(plan.rounds):
+                    say(f"round {number + 1} of {plan.rounds}: {section.title}")
+                    turn = number % len(names)
+                    for case in cases:
+                        for name in names[turn:] + names[:turn]:
+                            seconds = await _seconds(case.command(source, uris[name]))
+                            rounds[case, name].append(size / seconds / 1e9)
+    return rounds, [name for name in names if name != OURS]
 
 
 async def _seconds(command: list[str]) -> float:
@@ -142,9 +156,9 @@ async def _seconds(command: list[str]) -> float:
     return seconds
 
 
-def _fill(section: Section, rounds: dict[tuple[Case, str], list[float]], peers: list[str]) -> None:
+def _fill(section: Section, cases: Sequence[Case], rounds: _Rounds, peers: list[str]) -> None:
     groups: dict[bool, list[Group]] = {False: [], True: []}
-    for case in CASES:
+    for case in cases:
         best = max((statistics.median(rounds[case, name]) for name in peers), default=None)
         ours = Figure.of(
             case.name,
@@ -164,12 +178,13 @@ def _fill(section: Section, rounds: dict[tuple[Case, str], list[float]], peers: 
         label = case.name.split(", ", 1)[1]
         groups[case.write].append(Group(label, tuple(bars), limit))
     for write, name, verb in ((False, "reading", "Reading"), (True, "writing", "Writing")):
-        section.charts.append(
-            Chart(
-                name,
-                f"{verb} through NBD",
-                "GB/s on one file in the page cache; longer is better; the red lines are the targets",
-                "GB/s",
-                tuple(groups[write]),
+        if groups[write]:
+            section.charts.append(
+                Chart(
+                    name if section.key == "datapath" else f"{name}-{section.key}",
+                    f"{verb} through NBD",
+                    "GB/s on one file; longer is better; the red lines are the targets",
+                    "GB/s",
+                    tuple(groups[write]),
+                )
             )
-        )

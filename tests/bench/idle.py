@@ -26,13 +26,13 @@ async def measure(plan: Plan, say: Callable[[str], None]) -> list[Section]:
     few, many = plan.held
     first = Section(
         "idle",
-        f"6. {few} held devices at a TTL of {TTL} s, idle",
+        f"7. {few} held devices at a TTL of {TTL} s, idle",
         f"Controller {_HOLDER} holds all of them, b and c none. CPU in percent of one core over"
         f" {plan.watching:g} s. Workers are the processes that serve the data.",
     )
     second = Section(
         "many",
-        f"7. {many:,} held devices at a TTL of {TTL} s, idle",
+        f"8. {many:,} held devices at a TTL of {TTL} s, idle",
         f"The same with {many:,}.",
     )
     with DevCluster(devices=few, size=_IMAGE, ttl=TTL, slots=many, say=say) as cluster:

@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from leasehold.client.dev import HOST, free_port
@@ -18,24 +19,30 @@ def _nbdkit(image: Path, port: int) -> list[str]:
     return ["nbdkit", "--foreground", f"--ipaddr={HOST}", f"--port={port}", "file", f"file={image}"]
 
 
-def _qemu_nbd(image: Path, port: int) -> list[str]:
+def _qemu_nbd(image: Path, port: int, cache: str) -> list[str]:
     return [
-        *("qemu-nbd", "--format=raw", "--cache=writeback", "--persistent", "--shared=16"),
+        *("qemu-nbd", "--format=raw", f"--cache={cache}", "--persistent", "--shared=16"),
         *(f"--bind={HOST}", f"--port={port}", str(image)),
     ]
 
 
-PEERS: Mapping[str, Callable[[Path, int], list[str]]] = {"nbdkit file": _nbdkit, "qemu-nbd": _qemu_nbd}
-"""How to start each on a port; all use the page cache as ours does, and let several connections in."""
+Peers = Mapping[str, Callable[[Path, int], list[str]]]
+"""How to start each on a port. All let several connections in."""
+
+CACHED: Peers = {"nbdkit file": _nbdkit, "qemu-nbd": partial(_qemu_nbd, cache="writeback")}
+"""They use the page cache, which is all the storage there is for an image in memory."""
+
+DIRECT: Peers = {"qemu-nbd --cache=none": partial(_qemu_nbd, cache="none")}
+"""They write past it."""
 
 
 @contextmanager
-def serving(image: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+def serving(image: Path, peers: Peers) -> Iterator[tuple[dict[str, str], list[str]]]:
     """Those that are installed, by name with their URIs, and a sentence about each that is not."""
     processes: list[subprocess.Popen[bytes]] = []
     uris, gaps = {}, []
     try:
-        for name, command in PEERS.items():
+        for name, command in peers.items():
             port = free_port()
             line = command(image, port)
             if shutil.which(line[0]) is None:

@@ -21,6 +21,8 @@ class Plan:
     """Of each kind."""
     size: int = 1 << 30
     """Bytes of the image that the data path is measured on."""
+    direct: int = 256 << 20
+    """Bytes of that which is written past the page cache."""
     settling: float = 10.0
     """Seconds after devices were taken before what they cost is looked at."""
     watching: float = 45.0
@@ -37,6 +39,7 @@ QUICK = Plan(
     locks=8,
     deaths=1,
     size=256 << 20,
+    direct=64 << 20,
     settling=2.0,
     watching=8.0,
 )
