@@ -399,6 +399,45 @@ async def test_is_shut_down_at_its_deadline(site: Site, directory: Path, fstype:
     await site.driver.deactivate(activation, drain=0)
 
 
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+async def test_what_is_written_goes_to_the_device_before_the_deadline(
+    site: Site, directory: Path, fstype: str
+) -> None:
+    """So that little is left when it is shut down. Linux itself would wait for half a minute."""
+    image = make_image(directory / "image", fstype)
+    activation = site.activation(image, 1, fstype=fstype)
+    mounted = await site.activate(activation)
+    mark = os.urandom(4096)
+    (mounted / "file").write_bytes(mark)
+    assert not holds(image, mark)
+    deadline = now() + 4 * SECOND
+    site.gate.open(activation.slot, 1, deadline)
+    await until(lambda: holds(image, mark) or now() >= deadline)
+    assert now() < deadline, "it was not written back"
+    # A renewal that comes after all finds nothing frozen, and nothing shut down.
+    assert site.gate.extend(activation.slot, 1, now() + 600 * SECOND)
+    write(mounted / "another", "content")
+    assert await site.driver.verify(activation) is None
+    await site.driver.deactivate(activation, drain=0)
+    assert_clean(image, fstype)
+
+
+def holds(image: Path, mark: bytes) -> bool:
+    """Whether it stands in an image, which is sparse."""
+    with image.open("rb") as file:
+        end, at = file.seek(0, os.SEEK_END), 0
+        while at < end:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+                hole = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            except OSError:
+                return False
+            if mark in os.pread(file.fileno(), hole - at, at):
+                return True
+            at = hole
+    return False
+
+
 async def test_is_shut_down_when_its_gate_is(site: Site, image: Path) -> None:
     activation = site.activation(image, 1)
     mounted = await site.activate(activation)

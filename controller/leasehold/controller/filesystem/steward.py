@@ -117,7 +117,7 @@ class Steward:
                     if not volume.live:
                         continue
                     if volume.allowed():
-                        soonest = min(soonest, (volume.deadline - now) / 1e9)
+                        soonest = min(soonest, volume.approach(now) / 1e9)
                     else:
                         volume.ring()
                 time.sleep(max(soonest, _SHORTEST_WATCH))

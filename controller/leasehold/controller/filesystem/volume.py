@@ -52,13 +52,16 @@ RESERVED = ".leasehold"
 
 _GENTLE_SECONDS = 0.2
 """For a filesystem to write back what it has before it is shut down. It is shut down then in any case: a
-successor may come a margin and a hold-off after the deadline."""
+successor may come a margin and a hold-off after the deadline, and the fencer GRACE after it. What was not yet
+written back is little, as it was begun before the deadline (`Volume.approach`)."""
 _SHUTDOWN_SECONDS = 2.0
 """For a filesystem to be shut down; it takes milliseconds."""
 _TURN_SECONDS = 2.0
 """For an earlier call on the same volume to come back. One that takes longer hangs."""
 _PROOF_SECONDS = 0.5
 """For the last user, such as a udev probe, to let go of the block device."""
+_LAST_PART = 4
+"""The last quarter of the time to a deadline."""
 _PAUSE = 0.02
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_MOUNTED = frozenset({errno.EINVAL, errno.ENOENT})
@@ -108,6 +111,7 @@ class Volume:
         self._turn = threading.Lock()
         self._descriptors = threading.Lock()
         self._gently = threading.Lock()
+        self._writing = threading.Lock()
         self._gentle = threading.Event()
         self._ring = threading.Event()
         self._done = threading.Event()
@@ -118,6 +122,9 @@ class Volume:
         self._failure = ""
         self._shown = False
         self._guarded: int | None = None
+        self._seen = 0
+        self._early = 0
+        self._near = threading.Event()
         self._registration = (
             None if spec.label is None else Registration(spec.backing, spec.where, spec.label)
         )
@@ -134,6 +141,25 @@ class Volume:
 
     def allowed(self) -> bool:
         return self._gate.allows(self.spec.slot, self.spec.epoch)
+
+    def approach(self, now: int) -> int:
+        """Begin to write back when the deadline is near. When to ask again: ns from `now`.
+
+        Renewals come every quarter of a TTL, so a deadline that has not moved until the last quarter of its
+        time has missed some, and is likely to pass. What is written back by then is not in the way when the
+        filesystem is frozen, and nobody who uses it is held up if a renewal comes after all.
+        """
+        deadline = self.deadline
+        if deadline <= now:
+            return 0
+        if deadline != self._seen:
+            self._seen, self._early = deadline, deadline - (deadline - now) // _LAST_PART
+        if now < self._early:
+            return self._early - now
+        if self._early:
+            self._early = 0
+            self._near.set()
+        return deadline - now
 
     def ring(self) -> None:
         """Have the filesystem shut down, without waiting for it."""
@@ -299,7 +325,22 @@ class Volume:
         root = mount_api.root_of(self._mount)
         threading.Thread(target=self._shut_when_rung, args=(root,), daemon=True).start()
         threading.Thread(target=self._shut_gently_when_rung, args=(root,), daemon=True).start()
+        if not self.spec.read_only:
+            threading.Thread(target=self._write_back_when_near, args=(root,), daemon=True).start()
         self._root = root
+
+    def _write_back_when_near(self, root: int) -> None:
+        while True:
+            self._near.wait()
+            self._near.clear()
+            with self._writing:
+                if self._root != root:
+                    return
+                try:
+                    mount_api.sync(root)
+                except OSError:
+                    # It is shut down, or the device fails, which the next look at its health finds.
+                    return
 
     def _shut_gently_when_rung(self, root: int) -> None:
         """So that no program is told that something is safe which is thrown away."""
@@ -431,17 +472,11 @@ class Volume:
             # Under the slot it was mounted with, whichever it is asked to end with. It was sealed before.
             self._link.drop(self._guarded)
             self._guarded = None
-        if not self._gently.acquire(timeout=_SHUTDOWN_SECONDS):
-            raise VolumeFailed("its filesystem hangs and does not even shut down")
-        try:
-            if not self._descriptors.acquire(timeout=_SHUTDOWN_SECONDS):
-                raise VolumeFailed("its filesystem hangs and does not even shut down")
+        with _held(self._gently), _held(self._writing), _held(self._descriptors):
             root, mount, self._root, self._mount = self._root, self._mount, -1, -1
-            self._descriptors.release()
-        finally:
-            self._gently.release()
-        # The thread that would have shut it down sees that there is nothing left to shut.
+        # The threads that would have done something with it see that there is nothing left.
         self._ring.set()
+        self._near.set()
         for fd in (root, mount):
             if fd >= 0:
                 os.close(fd)
@@ -502,6 +537,16 @@ class Volume:
                 raise
         finally:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def _held(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(timeout=_SHUTDOWN_SECONDS):
+        raise VolumeFailed("its filesystem hangs and does not even shut down")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _open_alone(node: str) -> int:
