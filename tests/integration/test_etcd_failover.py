@@ -79,14 +79,21 @@ async def test_a_stopped_leader_costs_a_read_little_more_than_the_election(
 async def test_a_write_on_its_way_to_a_leader_that_stops_is_unknown_soon(
     cluster: EtcdCluster, abroad: Connection, prefix: str
 ) -> None:
-    await prefer_follower(abroad, cluster)
-    await Kv(abroad).put(f"{prefix}a", b"1")
-    cluster.members[cluster.leader()].stop()
-    began = time.monotonic()
-    with pytest.raises(OutcomeUnknown, match="leader changed"):
-        await Kv(abroad).put(f"{prefix}a", b"2", timeout=20)
-    # etcd itself takes its request time-out and two elections to say so.
-    assert time.monotonic() - began < 4.5
+    for _ in range(5):
+        await prefer_follower(abroad, cluster)
+        await Kv(abroad).put(f"{prefix}a", b"1")
+        cluster.members[cluster.leader()].stop()
+        began = time.monotonic()
+        try:
+            await Kv(abroad).put(f"{prefix}a", b"2", timeout=20)
+        except OutcomeUnknown as error:
+            assert "leader changed" in str(error)
+            # etcd itself takes its request time-out and two elections to say so.
+            assert time.monotonic() - began < 4.5
+            return
+        # On a busy machine the members may have elected another before the write was sent.
+        cluster.heal()
+    raise AssertionError("the write never was on its way to a leader that stopped")
 
 
 async def test_a_write_to_a_stopped_member_is_unknown_and_never_repeated(
