@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import pytest
 from filesystems import running, unshared
 from guards import unguarded
 from installation import DISK
+from leasehold.store import ownership
 from leasehold.store.codec import encode
-from leasehold.store.records import ChangeKind, Device, TakeoverPolicy
+from leasehold.store.records import ChangeKind, Device, TakeoverPolicy, new_instance
 from rivals import FRESH, STALE, TTL, Controllers, local, make_ext4, require_mounts, stop, until
 
 pytestmark = pytest.mark.needs("nbdcopy")
@@ -120,6 +122,23 @@ async def test_a_demount_that_lies(controllers: Controllers, away: bool) -> None
         history = await controllers.installation.history()
         released = any(entry.value.kind is ChangeKind.RELEASED for entry in history)
         assert released is away
+
+
+@there_and_away
+async def test_a_record_of_another_instance_of_the_same_name(controllers: Controllers, away: bool) -> None:
+    """No coordinator would write it while this one lives: its transaction compares the registration."""
+    await controllers.start("a", **unguarded(*["session"] * away))
+    me = await controllers.registered("a")
+    assert me is not None
+    installation = controllers.installation
+    another = replace(me, instance=new_instance(), session_lease=await installation.lease())
+    given = ownership.assign(installation.author, await installation.state(), another, reason="test")
+    await installation.apply(replace(given, compares=()))
+    if away:
+        assert await controllers.served("a")
+    else:
+        await until(lambda: "it is a's in epoch 1" in controllers.log("a"))
+        assert not controllers.deadline("a"), "its gate was opened"
 
 
 def apart(pid: int) -> bool:

@@ -82,9 +82,20 @@ def alone() -> None:
     Volume._prove = lambda _self: None  # type: ignore[assignment,method-assign]
 
 
-GUARDS = {
-    guard.__name__: guard for guard in (gate, label, deadline, fencer, hold_off, steward, inside, alone)
-}
+def session() -> None:
+    """That a controller acts on no record of another instance or session of its name."""
+    from leasehold.controller import activation, hold  # noqa: PLC0415
+    from leasehold.store.records import Controller, Holder  # noqa: PLC0415
+
+    def names(holder: Holder, me: Controller) -> bool:
+        return holder.controller == me.controller
+
+    hold.names = names
+    activation.names = names  # type: ignore[attr-defined]
+
+
+_ALL = (gate, label, deadline, fencer, hold_off, steward, inside, alone, session)
+GUARDS = {guard.__name__: guard for guard in _ALL}
 
 for name in filter(None, os.environ.get(NAME, "").split(",")):
     GUARDS[name]()

@@ -27,7 +27,7 @@ from typing import Any
 
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
-from leasehold.controller.hold import Hold
+from leasehold.controller.hold import Hold, names
 from leasehold.controller.takeover import obstacle
 from leasehold.controller.timing import TimingRefused
 from leasehold.store.codec import Stored
@@ -135,8 +135,7 @@ class Activator:
         if state.spec is None or state.spec.value != hold.spec:
             raise Overtaken("its spec was changed or removed meanwhile")
         holder = state.holder.value
-        named = (holder.controller, holder.instance, holder.session_lease, holder.epoch)
-        if named != (hold.me.controller, hold.me.instance, hold.me.session_lease, hold.epoch):
+        if holder.epoch != hold.epoch or not names(holder, hold.me):
             raise Overtaken(f"it is {holder.controller}'s in epoch {holder.epoch}")
         if holder.read_only != hold.activation.read_only:
             raise Overtaken("its hold is for reading only" if holder.read_only else "its hold is for writing")

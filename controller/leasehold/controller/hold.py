@@ -124,7 +124,7 @@ def decide(now: Situation, state: DeviceState) -> Decision:
 
 
 def _acting(now: Situation, held: Controller, holder: Holder | None, hangs_on: int) -> Decision:
-    if holder is None or holder.epoch != now.epoch or not _names(holder, held):
+    if holder is None or holder.epoch != now.epoch or not names(holder, held):
         return Decision(Step.END, f"the holder record is not ours any more: {_whose(holder)}")
     if holder.state is HolderState.YIELDING:
         return Decision(Step.END, f"told to yield to {_target(holder)}")
@@ -160,7 +160,7 @@ def _proved(now: Situation, held: Controller, state: DeviceState, holder: Holder
 
 
 def _without_hold(now: Situation, state: DeviceState, holder: Holder | None) -> Decision:
-    if now.me is not None and holder is not None and _names(holder, now.me):
+    if now.me is not None and holder is not None and names(holder, now.me):
         if holder.epoch > now.ended and holder.state is HolderState.ACTIVATING and not now.stopping:
             return Decision(Step.BEGIN, "it is given to us")
         if not now.provable(holder.instance, holder.epoch):
@@ -192,7 +192,8 @@ def _to_itself(now: Situation, holder: Holder) -> bool:
     return now.stopping and holder.target is not None and holder.target.controller == now.name
 
 
-def _names(holder: Holder, me: Controller) -> bool:
+def names(holder: Holder, me: Controller) -> bool:
+    """Whether a record is this very controller's, of this instance and this session."""
     return (holder.controller, holder.instance, holder.session_lease) == (
         me.controller,
         me.instance,
