@@ -181,6 +181,20 @@ def test_who_was_given_the_same_epoch_gets_a_higher_one(
     assert write(leasehold, disk, b"next", controller="b") == 3
 
 
+def test_who_only_reads_compares_and_leaves_it_as_it_is(
+    cluster: DevCluster, leasehold: sync.Leasehold, disk: str
+) -> None:
+    write(leasehold, disk, b"first", controller="a")
+    label = label_of(cluster.device_image(disk))
+    before = label.read_bytes()
+    with leasehold.access(disk, mode="read-only", wait=SOON) as access:
+        assert access.epoch == 2
+    assert label.read_bytes() == before
+    register(leasehold, cluster, disk, 50)
+    with leasehold.access(disk, mode="read-only", controller="b", wait=SOON) as access:
+        assert access.epoch == 51
+
+
 def test_a_label_elsewhere_and_none(
     cluster: DevCluster, leasehold: sync.Leasehold, disk: str, tmp_path: Path
 ) -> None:
@@ -249,12 +263,9 @@ def test_a_filesystem_has_one_as_well(tmp_path: Path, fstype: str) -> None:
         with leasehold.access("fs", controller="b", wait=SOON) as access:
             assert access.epoch == 51
             assert (local(access.path) / "file").read_text() == "kept"
-        # Mounted for reading it is compared and left as it is.
-        before = label_of(image).read_bytes()
         with leasehold.access("fs", mode="read-only", controller="a", wait=SOON) as access:
             assert access.epoch == 52
             assert (local(access.path) / "file").read_text() == "kept"
-        assert label_of(image).read_bytes() == before
         label_of(image).write_bytes(bytes(8192))
         refused(leasehold, "fs", r"is torn: .*remove the file")
     assert_clean(image, fstype)

@@ -222,10 +222,15 @@ class Loop:
 
 
 def _overdue(view: DeviceView, late: Waiting) -> str:
-    """That a request waited too long, and for what."""
+    """That a request waited too long, for what, and who failed to serve it lately."""
+    what = [f"it waited longer than {late.request.wait_seconds} s"]
     decision = plan(view)
-    what = f": {decision.reason}" if isinstance(decision, Wait) else ""
-    return f"it waited longer than {late.request.wait_seconds} s{what}"
+    if isinstance(decision, Wait):
+        what.append(decision.reason)
+    for controller, failure in view.availability.items():
+        if failure.reason not in what[-1]:
+            what.append(f"{controller} failed lately: {failure.reason}")
+    return ": ".join([what[0], "; ".join(what[1:])]) if what[1:] else what[0]
 
 
 def _about(decision: Decision) -> Waiting | None:
