@@ -12,6 +12,7 @@ import pytest
 
 from etcd_server import EtcdServer
 from installation import Installation, examine
+from leasehold.controller.activation import Activator
 from leasehold.controller.config import ControllerConfig, DataSettings
 from leasehold.controller.contest import Contest, Passed
 from leasehold.controller.daemon import Daemon
@@ -397,6 +398,31 @@ async def test_an_assignment_for_another_kind_of_hold_is_not_activated(site: Sit
     assert site.drivers["a"].read_only == {}
     assert await site.kinds() == [ChangeKind.ASSIGNED, ChangeKind.RELEASED]
     assert "its hold is for" in (await installation.history())[-1].value.reason
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["there", "away"])
+async def test_who_was_overtaken_while_it_prepared(
+    site: Site, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    """The proof of the right before the first write; `a` is deaf to all that would end its hold before."""
+    await site.device("a", "b")
+    deaf = (await site.controller("a")).agent
+    await site.controller("b")
+    if away:
+        monkeypatch.setattr(Activator, "_check", lambda *_: None)
+    site.drivers["a"].ready.clear()
+    await site.assign("a")
+    await site.did("a", "begun", 1)
+    for what in ("assigned", "holder_deleted"):
+        monkeypatch.setattr(deaf, what, lambda *_: None)
+    await site.direct("b")
+    installation = site.installation
+    passed = ownership.swap(installation.author, await installation.state(), reason="test")
+    await installation.apply(passed)
+    await site.serving("b", epoch=2)
+    site.drivers["a"].ready.set()
+    await site.did("a", "ending", 1)
+    assert ("a open" in site.done("a", 1)) is away
 
 
 async def test_begins_a_new_epoch_for_itself(site: Site) -> None:
