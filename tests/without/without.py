@@ -21,7 +21,7 @@ def gate() -> None:
 
 
 def label() -> None:
-    """The look at the label of the device before each request."""
+    """The look at the label of the device before each write."""
     from leasehold.controller.label import Registration  # noqa: PLC0415
 
     Registration.stands = lambda _self: True  # type: ignore[assignment,method-assign]

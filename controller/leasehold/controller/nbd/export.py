@@ -64,7 +64,7 @@ class Export:
     ) -> None:
         """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see.
 
-        `registration` is looked at before each request, and closed with the backing.
+        `registration` is looked at before each change, and closed with the backing.
         """
         self.name = name
         self.backing = backing
@@ -171,9 +171,13 @@ class Export:
                 self._changed.notify_all()
 
     def guard(self) -> None:
-        """Raise Refused unless the backing may be touched at this moment. Right before touching it."""
+        """Raise Refused unless the backing may be read at this moment. Right before reading it."""
         if self._state is State.CUT or not self._gate.allows(self.slot, self.epoch):
             raise Refused(f"the hold of {self.name} has ended")
+
+    def guard_change(self) -> None:
+        """Raise Refused unless the backing may be changed at this moment. Right before changing it."""
+        self.guard()
         if not self.labelled:
             raise Refused(f"another hold than that of {self.name} is on the label of the device")
 

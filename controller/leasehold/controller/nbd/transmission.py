@@ -193,7 +193,7 @@ class Transmission:
             piece = self._inbox.take(min(self._payload, most))
             self._payload -= len(piece)
             try:
-                self._backing.write(piece, offset, self._export.guard, durable=durable)
+                self._backing.write(piece, offset, self._export.guard_change, durable=durable)
             except OSError as error:
                 raise _Failed(nbd.wire_error(error)) from error
             offset += len(piece)
@@ -206,13 +206,13 @@ class Transmission:
         self._done(cookie)
 
     def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        self._try(lambda: self._backing.trim(offset, length, self._export.guard))
+        self._try(lambda: self._backing.trim(offset, length, self._export.guard_change))
         self._finish(flags, cookie)
 
     def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
         punch = not flags & nbd.NO_HOLE
         fast = bool(flags & nbd.FAST_ZERO)
-        guard = self._export.guard
+        guard = self._export.guard_change
         self._try(lambda: self._backing.zero(offset, length, guard, punch=punch, fast=fast))
         self._finish(flags, cookie)
 
