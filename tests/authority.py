@@ -37,11 +37,11 @@ class Authority:
     def certificate(self) -> Path:
         return self.directory / f"{self.name}.pem"
 
-    def sign(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key of `name`, for servers on the loopback and for clients."""
+    def sign(self, name: str, addresses: str = "IP:127.0.0.1,IP:::1") -> tuple[Path, Path]:
+        """Certificate and key of `name`, for servers at `addresses` and for clients."""
         key, request = self.directory / f"{name}.key", self.directory / f"{name}.csr"
         certificate, extensions = self.directory / f"{name}.pem", self.directory / f"{name}.ext"
-        extensions.write_text("subjectAltName=IP:127.0.0.1,IP:::1\nextendedKeyUsage=serverAuth,clientAuth\n")
+        extensions.write_text(f"subjectAltName={addresses}\nextendedKeyUsage=serverAuth,clientAuth\n")
         self._openssl(
             *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
             *("-keyout", str(key), "-out", str(request), "-subj", f"/CN={name}"),

@@ -48,7 +48,7 @@ from leasehold.store.records import (
 T = TypeVar("T")
 
 DISK = DeviceId("d1")
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds after which what should have happened at once did not."""
 
 

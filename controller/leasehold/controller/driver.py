@@ -159,7 +159,10 @@ class Driver(Protocol):
         """None if the device can be reached from here, else the reason why not. Changes nothing."""
 
     async def prepare(self, activation: Activation) -> None:
-        """Do what is harmless before the right to the device is verified. Raises ActivationFailed."""
+        """Do what is harmless before the right to the device is verified, and register its label.
+
+        Raises ActivationFailed.
+        """
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Make certain that the epochs `lower` write no more. Raises FenceRefused."""

@@ -86,6 +86,13 @@ class Registration:
         self._text = _encoded(mine)
         self._fd = -1
 
+    def prepare(self, *, read_only: bool) -> None:
+        """Register, or only compare for reading. Raises LabelRefused, OSError."""
+        if read_only:
+            self.compare()
+        else:
+            self.register()
+
     def compare(self) -> None:
         """Look whether it could be registered. Changes nothing. Raises LabelRefused, OSError."""
         path = place(self._backing, self._where)

@@ -225,10 +225,8 @@ class LeaseKeeper:
             return again
         pool = self._spares.setdefault(ttl, [])
         living = [lease for lease in pool if lease.alive]
-        freshest = max(living, key=lambda lease: lease.deadline, default=None)
-        if freshest is not None and not self._fresh(freshest):
-            # After a silence of etcd the next moment may be its last.
-            freshest = None
+        # After a silence of etcd the next moment may be the last of one that lives.
+        freshest = max(filter(self._fresh, living), key=lambda lease: lease.deadline, default=None)
         pool[:] = [lease for lease in living if lease is not freshest]
         if ttl not in self._refills:
             self._refills[ttl] = asyncio.create_task(self._refill(ttl, pool))

@@ -181,7 +181,7 @@ class Volume:
         """Register on the label, or only compare for reading. Raises LabelRefused, VolumeFailed, OSError."""
         with self._in_turn():
             if self._registration is not None:
-                (self._registration.compare if self.spec.read_only else self._registration.register)()
+                self._registration.prepare(read_only=self.spec.read_only)
 
     def make(self) -> None:
         """Mount it; its gate is open. Raises VolumeFailed, Unguarded, LabelRefused, OSError, ValueError."""

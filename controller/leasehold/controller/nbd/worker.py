@@ -147,7 +147,7 @@ class Worker:
         registration = _registration(message)
         try:
             if registration is not None:
-                (registration.compare if read_only else registration.register)()
+                registration.prepare(read_only=read_only)
             backing.probe()
         except BaseException:
             backing.close()
