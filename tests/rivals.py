@@ -155,6 +155,7 @@ class Controllers:
         self.directory = directory
         self.image = directory / "d1.img"
         self.image.write_bytes(bytes(1 << 20))
+        self.session_ttl = TTL
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.writers: list[asyncio.subprocess.Process] = []
         self.deaths: list[Death] = []
@@ -192,7 +193,7 @@ class Controllers:
             f"""
 name = "{name}"
 state_dir = "{self.directory / name}"
-session_ttl = {TTL}
+session_ttl = {self.session_ttl}
 drain_seconds = 1
 drivers = ["{driver}"]
 {extra}
@@ -243,7 +244,7 @@ root = "{self.directory / "mnt"}"
 
     async def successor(self, name: str) -> str:
         """The path under which `name` serves it: taken over, or given to it after it was released."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(40):
             while (state := await self.installation.state()).holder is None:
                 if state.free:
                     return await self.give(name)
