@@ -11,6 +11,7 @@ import pytest
 from leasehold.store.codec import Unreadable, decode, encode, from_message, to_message
 from leasehold.store.kv import KeyValue
 from leasehold.store.records import (
+    ANY,
     AccessMode,
     AccessRequest,
     Assignment,
@@ -25,14 +26,19 @@ from leasehold.store.records import (
     CoordinatorId,
     Device,
     DeviceId,
+    Drain,
     Epoch,
     Epochs,
+    FailBackPolicy,
     Grant,
     Holder,
     HolderState,
     InstanceId,
     LeaseId,
     Party,
+    Pause,
+    PreemptedPolicy,
+    PreemptionPolicy,
     QueueEntry,
     Record,
     RequestId,
@@ -67,6 +73,12 @@ FULL: tuple[Record, ...] = (
         ttl_seconds=7,
         takeover=TakeoverPolicy.STRICT,
         path_template="nbd://{data_host}:10809/{device}-{epoch}",
+        labels={"pool": "a"},
+        preemption=PreemptionPolicy.LOWER,
+        preemption_grace_seconds=20,
+        min_hold_seconds=60,
+        cool_down_seconds=5,
+        fail_back=FailBackPolicy.PREFERRED,
     ),
     Controller(
         controller=A,
@@ -81,6 +93,7 @@ FULL: tuple[Record, ...] = (
         fences={"nbd": "gate", "exec": "none"},
         session_ttl_seconds=30,
         fencer_lacks=("locked memory", "a watchdog"),
+        host="ms-1",
     ),
     Coordinator(
         coordinator=CoordinatorId("c"), instance=ONE, session_lease=SESSION, endpoint="h:2", software="0.1.0"
@@ -142,9 +155,20 @@ FULL: tuple[Record, ...] = (
         created_at="2026-01-01T00:00:00.000Z",
         ended_at="2026-01-02T00:00:00.000Z",
         change="c1",
+        devices=(D, DeviceId("disk-2")),
+        selector={"pool": "a"},
+        preferred=A,
+        host="client-1",
+        hold_seconds=3600,
+        idle_seconds=600,
+        on_preemption=PreemptedPolicy.REQUEUE,
+        arrived=1 << 60,
+        due=-(1 << 60),
+        operation="restore",
+        identity="backup.example",
     ),
     Client(request=Q, client="bareos"),
-    QueueEntry(device=D, request=Q, priority=50),
+    QueueEntry(device=D, request=Q, priority=50, due=-1),
     Grant(
         device=D,
         request=Q,
@@ -153,6 +177,8 @@ FULL: tuple[Record, ...] = (
         epoch=Epoch(4),
         path="nbd://h:1/x",
         mode=AccessMode.SHARED,
+        preempted_by=RequestId("q-2"),
+        grace_seconds=30,
     ),
     Availability(
         device=D,
@@ -161,7 +187,10 @@ FULL: tuple[Record, ...] = (
         reason="no image",
         failed_at="2026-01-01T00:00:00Z",
         stuck_epoch=Epoch(2),
+        unreachable="no such file",
     ),
+    Drain(controller=A, reason="new firmware", operator="alice@desk", recorded_at="2026-01-01T00:00:00Z"),
+    Pause(device=D, reason="new cables", operator="alice@desk", recorded_at="2026-01-01T00:00:00Z"),
     ControlChange(
         change="c1",
         device=D,
@@ -192,11 +221,13 @@ LEAST: tuple[Record, ...] = (
         state=HolderState.ACTIVATING,
     ),
     Assignment(device=D, controller=A, action=AssignmentAction.HOLD, epoch=Epoch(1)),
-    AccessRequest(request=Q, device=D, state=RequestState.PENDING),
+    AccessRequest(request=Q, state=RequestState.PENDING),
     Client(request=Q),
     QueueEntry(device=D, request=Q),
     Grant(device=D, request=Q, controller=A, epoch=Epoch(1), path="x"),
     Availability(device=D, controller=A),
+    Drain(controller=A),
+    Pause(device=ANY),
     ControlChange(
         change="c",
         device=D,
@@ -329,10 +360,13 @@ def test_another_major_version_is_unreadable(record: Record, version: int) -> No
         decode(type(record), kv({**document(record), "version": version}))
 
 
+MAY_LACK = {"version", "gained", "takeover", "mode", "preemption", "failBack", "onPreemption"}
+
+
 @pytest.mark.parametrize("record", LEAST, ids=named)
 def test_a_record_that_lacks_what_it_must_have_is_unreadable(record: Record) -> None:
     whole = document(record)
-    for name in whole.keys() - {"version", "gained", "takeover", "mode"}:
+    for name in whole.keys() - MAY_LACK:
         with pytest.raises(Unreadable, match=name):
             decode(type(record), kv({key: value for key, value in whole.items() if key != name}))
 
@@ -355,7 +389,18 @@ def test_an_enum_value_of_a_later_version_is_unreadable(record: Record, name: st
 
 def test_every_enum_field_is_among_the_examples() -> None:
     names = sorted(name for _, name in ENUM_FIELDS)
-    assert names == ["action", "kind", "mode", "mode", "state", "state", "takeover"]
+    assert names == [
+        "action",
+        "failBack",
+        "kind",
+        "mode",
+        "mode",
+        "onPreemption",
+        "preemption",
+        "state",
+        "state",
+        "takeover",
+    ]
 
 
 @pytest.mark.parametrize("lease", ["zz", "0x1", "-1", "1" * 17, "1F"])

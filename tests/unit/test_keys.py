@@ -22,6 +22,8 @@ PREFIXES = {
     "all_availability": KEYS.all_availability,
     "assignments": KEYS.assignments(ControllerId("a")),
     "queue": KEYS.queue(D1),
+    "pool_queue": KEYS.pool_queue,
+    "pauses": KEYS.pauses,
     "grants": KEYS.grants(D1),
     "availabilities": KEYS.availabilities(D1),
     "history": KEYS.history(D1),
@@ -39,6 +41,7 @@ def test_every_prefix_is_among_them() -> None:
     """A member of `Keys` either gives a prefix above or the key of one thing."""
     single = {"device", "controller", "coordinator", "epoch", "holder", "assignment", "request", "client"}
     single |= {"queue_entry", "grant", "availability", "change", "installation"}
+    single |= {"pool_entry", "drain", "pause"}
     members = {name for name, _ in inspect.getmembers(Keys) if not name.startswith("_")} - {"prefix"}
     assert members == single | PREFIXES.keys()
 
@@ -72,6 +75,7 @@ def test_no_place_lies_inside_another() -> None:
         "grants",
         "history",
         "holders",
+        "pauses",
         "queue",
         "requests",
     }

@@ -166,6 +166,19 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
         return await answering(context, handle)
 
+    async def YieldAccess(self, request: access_pb2.YieldAccessRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> access_pb2.YieldAccessResponse:
+            stands = await self._desk.find(_id(request.request_id))
+            raise ApiError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NOT_PREEMPTED",
+                f"request {request.request_id} is not about to be taken for another: release it",
+                request=request.request_id,
+                device=stands.value.device,
+            )
+
+        return await answering(context, handle)
+
     async def _status(self, request: RequestId) -> access_pb2.AccessStatus:
         stored, view = await self._reader.request(request)
         return access_status(view, stored, self._leases.ttl)

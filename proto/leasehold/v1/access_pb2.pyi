@@ -19,14 +19,38 @@ class AccessSpec(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class SelectorEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     DEVICE_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     CONTROLLER_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    SELECTOR_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    PREFERRED_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    HOLD_SECONDS_FIELD_NUMBER: builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: builtins.int
+    ON_PREEMPTION_FIELD_NUMBER: builtins.int
     device: builtins.str
-    """The device."""
+    """The device. Either this, or `devices`, or `selector`."""
     client: builtins.str
     """Who asks, for the history and for people."""
     mode: leasehold.v1.records_pb2.AccessMode.ValueType
@@ -34,13 +58,37 @@ class AccessSpec(google.protobuf.message.Message):
     through one controller.
     """
     priority: builtins.int
-    """0 to 100, higher goes first; unset means 50."""
+    """0 to 100, higher goes first; unset means what `operation` stands for, or 50. Who waits gains on those who
+    come later, so that nobody waits for ever.
+    """
     controller: builtins.str
     """The only controller it wants to be served by; empty means any."""
     wait_seconds: builtins.int
     """How long it is willing to wait, in seconds; 0 means without limit. The coordinator that plans the device
     counts from when it saw the request itself, so one that was started since lets it wait longer.
     """
+    operation: builtins.str
+    """What for: "restore", "backup", "verify", "copy", or whatever else the coordinators know a priority for."""
+    preferred: builtins.str
+    """The controller it would rather be served by than by others, if that one can."""
+    host: builtins.str
+    """The host the client runs on: a controller on the same one serves it rather than others."""
+    hold_seconds: builtins.int
+    """How long it may have what it is granted, in seconds; 0 means without limit."""
+    idle_seconds: builtins.int
+    """How long it may have it without reading or writing, in seconds; 0 means without limit. Needs a driver that
+    can tell, as nbd can.
+    """
+    on_preemption: leasehold.v1.records_pb2.PreemptedPolicy.ValueType
+    """What becomes of it when what it has is taken for a request of higher priority, where the device allows that."""
+    @property
+    def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Several devices: all of them at the same time, or none. Up to 16."""
+
+    @property
+    def selector(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Any device that has all these labels."""
+
     def __init__(
         self,
         *,
@@ -50,9 +98,17 @@ class AccessSpec(google.protobuf.message.Message):
         priority: builtins.int | None = ...,
         controller: builtins.str = ...,
         wait_seconds: builtins.int = ...,
+        devices: collections.abc.Iterable[builtins.str] | None = ...,
+        selector: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        operation: builtins.str = ...,
+        preferred: builtins.str = ...,
+        host: builtins.str = ...,
+        hold_seconds: builtins.int = ...,
+        idle_seconds: builtins.int = ...,
+        on_preemption: leasehold.v1.records_pb2.PreemptedPolicy.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_priority", b"_priority", "priority", b"priority"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "client", b"client", "controller", b"controller", "device", b"device", "mode", b"mode", "priority", b"priority", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "client", b"client", "controller", b"controller", "device", b"device", "devices", b"devices", "hold_seconds", b"hold_seconds", "host", b"host", "idle_seconds", b"idle_seconds", "mode", b"mode", "on_preemption", b"on_preemption", "operation", b"operation", "preferred", b"preferred", "priority", b"priority", "selector", b"selector", "wait_seconds", b"wait_seconds"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
 
 global___AccessSpec = AccessSpec
@@ -70,6 +126,7 @@ class Access(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
+    OTHERS_FIELD_NUMBER: builtins.int
     request: builtins.str
     """The request it answers."""
     device: builtins.str
@@ -84,6 +141,10 @@ class Access(google.protobuf.message.Message):
     """The etcd revision at which all this was so."""
     mode: leasehold.v1.records_pb2.AccessMode.ValueType
     """How it may be used. Under READ_ONLY the path refuses writes."""
+    @property
+    def others(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Access]:
+        """The other devices of a request for several, in the order in which it named them."""
+
     def __init__(
         self,
         *,
@@ -94,8 +155,9 @@ class Access(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         revision: builtins.int = ...,
         mode: leasehold.v1.records_pb2.AccessMode.ValueType = ...,
+        others: collections.abc.Iterable[global___Access] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "others", b"others", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
 
 global___Access = Access
 
@@ -219,19 +281,26 @@ class Revoked(google.protobuf.message.Message):
 
     REASON_FIELD_NUMBER: builtins.int
     GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    PREEMPTED_BY_FIELD_NUMBER: builtins.int
     reason: builtins.str
     """Why, in a sentence."""
     grace_seconds: builtins.int
     """I/O under way has so long to finish at most, in seconds from the beginning of the withdrawal, and new I/O is
     refused; 0 means the path is dead already.
     """
+    preempted_by: builtins.str
+    """It is taken for this request, and until then the path works as before: the client has `grace_seconds` to stop
+    and say so by YieldAccess or ReleaseAccess, and as long as it likes if that is 0. Empty if it is withdrawn for
+    another reason.
+    """
     def __init__(
         self,
         *,
         reason: builtins.str = ...,
         grace_seconds: builtins.int = ...,
+        preempted_by: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["grace_seconds", b"grace_seconds", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grace_seconds", b"grace_seconds", "preempted_by", b"preempted_by", "reason", b"reason"]) -> None: ...
 
 global___Revoked = Revoked
 
@@ -578,3 +647,42 @@ class RenewAccessResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
 
 global___RenewAccessResponse = RenewAccessResponse
+
+@typing.final
+class YieldAccessRequest(google.protobuf.message.Message):
+    """See AccessService.YieldAccess."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The request's id."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+
+global___YieldAccessRequest = YieldAccessRequest
+
+@typing.final
+class YieldAccessResponse(google.protobuf.message.Message):
+    """See AccessService.YieldAccess."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: builtins.int
+    @property
+    def status(self) -> global___AccessStatus:
+        """The request as it stands."""
+
+    def __init__(
+        self,
+        *,
+        status: global___AccessStatus | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
+
+global___YieldAccessResponse = YieldAccessResponse

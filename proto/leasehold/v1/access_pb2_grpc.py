@@ -73,6 +73,11 @@ class AccessServiceStub(object):
                 request_serializer=leasehold_dot_v1_dot_access__pb2.RenewAccessRequest.SerializeToString,
                 response_deserializer=leasehold_dot_v1_dot_access__pb2.RenewAccessResponse.FromString,
                 _registered_method=True)
+        self.YieldAccess = channel.unary_unary(
+                '/leasehold.v1.AccessService/YieldAccess',
+                request_serializer=leasehold_dot_v1_dot_access__pb2.YieldAccessRequest.SerializeToString,
+                response_deserializer=leasehold_dot_v1_dot_access__pb2.YieldAccessResponse.FromString,
+                _registered_method=True)
 
 
 class AccessServiceServicer(object):
@@ -133,6 +138,14 @@ class AccessServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def YieldAccess(self, request, context):
+        """Says that the client of an access that is about to be taken for another has stopped using the path: it is
+        taken at once. FAILED_PRECONDITION if it is not about to be taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AccessServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +183,11 @@ def add_AccessServiceServicer_to_server(servicer, server):
                     servicer.RenewAccess,
                     request_deserializer=leasehold_dot_v1_dot_access__pb2.RenewAccessRequest.FromString,
                     response_serializer=leasehold_dot_v1_dot_access__pb2.RenewAccessResponse.SerializeToString,
+            ),
+            'YieldAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.YieldAccess,
+                    request_deserializer=leasehold_dot_v1_dot_access__pb2.YieldAccessRequest.FromString,
+                    response_serializer=leasehold_dot_v1_dot_access__pb2.YieldAccessResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -365,6 +383,33 @@ class AccessService(object):
             '/leasehold.v1.AccessService/RenewAccess',
             leasehold_dot_v1_dot_access__pb2.RenewAccessRequest.SerializeToString,
             leasehold_dot_v1_dot_access__pb2.RenewAccessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def YieldAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.AccessService/YieldAccess',
+            leasehold_dot_v1_dot_access__pb2.YieldAccessRequest.SerializeToString,
+            leasehold_dot_v1_dot_access__pb2.YieldAccessResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,14 @@ class AccessServiceStub:
     ]
     """Says that the client is still there. FAILED_PRECONDITION if the access is over."""
 
+    YieldAccess: grpc.UnaryUnaryMultiCallable[
+        leasehold.v1.access_pb2.YieldAccessRequest,
+        leasehold.v1.access_pb2.YieldAccessResponse,
+    ]
+    """Says that the client of an access that is about to be taken for another has stopped using the path: it is
+    taken at once. FAILED_PRECONDITION if it is not about to be taken.
+    """
+
 class AccessServiceAsyncStub:
     """Access to devices. Every coordinator and every controller offers it; all give the same answers.
 
@@ -121,6 +129,14 @@ class AccessServiceAsyncStub:
         leasehold.v1.access_pb2.RenewAccessResponse,
     ]
     """Says that the client is still there. FAILED_PRECONDITION if the access is over."""
+
+    YieldAccess: grpc.aio.UnaryUnaryMultiCallable[
+        leasehold.v1.access_pb2.YieldAccessRequest,
+        leasehold.v1.access_pb2.YieldAccessResponse,
+    ]
+    """Says that the client of an access that is about to be taken for another has stopped using the path: it is
+    taken at once. FAILED_PRECONDITION if it is not about to be taken.
+    """
 
 class AccessServiceServicer(metaclass=abc.ABCMeta):
     """Access to devices. Every coordinator and every controller offers it; all give the same answers.
@@ -187,5 +203,15 @@ class AccessServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[leasehold.v1.access_pb2.RenewAccessResponse, collections.abc.Awaitable[leasehold.v1.access_pb2.RenewAccessResponse]]:
         """Says that the client is still there. FAILED_PRECONDITION if the access is over."""
+
+    @abc.abstractmethod
+    def YieldAccess(
+        self,
+        request: leasehold.v1.access_pb2.YieldAccessRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[leasehold.v1.access_pb2.YieldAccessResponse, collections.abc.Awaitable[leasehold.v1.access_pb2.YieldAccessResponse]]:
+        """Says that the client of an access that is about to be taken for another has stopped using the path: it is
+        taken at once. FAILED_PRECONDITION if it is not about to be taken.
+        """
 
 def add_AccessServiceServicer_to_server(servicer: AccessServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -48,6 +48,82 @@ TAKEOVER_POLICY_STRICT: TakeoverPolicy.ValueType  # 2
 """A whole TTL after it: covers a lease revoked by hand while its holder was cut off."""
 global___TakeoverPolicy = TakeoverPolicy
 
+class _PreemptionPolicy:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PreemptionPolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PreemptionPolicy.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PREEMPTION_POLICY_UNSPECIFIED: _PreemptionPolicy.ValueType  # 0
+    """Same as PREEMPTION_POLICY_NEVER."""
+    PREEMPTION_POLICY_NEVER: _PreemptionPolicy.ValueType  # 1
+    """Nobody loses it."""
+    PREEMPTION_POLICY_LOWER: _PreemptionPolicy.ValueType  # 2
+    """Who has it with a lower priority is told, and loses it after a while."""
+    PREEMPTION_POLICY_AT_SAFE_POINT: _PreemptionPolicy.ValueType  # 3
+    """As LOWER, but only when its client says that it has stopped: for tapes, which are in the middle of something."""
+
+class PreemptionPolicy(_PreemptionPolicy, metaclass=_PreemptionPolicyEnumTypeWrapper):
+    """Whether a client that has a device loses it to one that waits with a higher priority."""
+
+PREEMPTION_POLICY_UNSPECIFIED: PreemptionPolicy.ValueType  # 0
+"""Same as PREEMPTION_POLICY_NEVER."""
+PREEMPTION_POLICY_NEVER: PreemptionPolicy.ValueType  # 1
+"""Nobody loses it."""
+PREEMPTION_POLICY_LOWER: PreemptionPolicy.ValueType  # 2
+"""Who has it with a lower priority is told, and loses it after a while."""
+PREEMPTION_POLICY_AT_SAFE_POINT: PreemptionPolicy.ValueType  # 3
+"""As LOWER, but only when its client says that it has stopped: for tapes, which are in the middle of something."""
+global___PreemptionPolicy = PreemptionPolicy
+
+class _FailBackPolicy:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FailBackPolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FailBackPolicy.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FAIL_BACK_POLICY_UNSPECIFIED: _FailBackPolicy.ValueType  # 0
+    """Same as FAIL_BACK_POLICY_STAY."""
+    FAIL_BACK_POLICY_STAY: _FailBackPolicy.ValueType  # 1
+    """It stays where it is until somebody asks for it."""
+    FAIL_BACK_POLICY_PREFERRED: _FailBackPolicy.ValueType  # 2
+    """It goes back to the first of its controllers that could serve it."""
+
+class FailBackPolicy(_FailBackPolicy, metaclass=_FailBackPolicyEnumTypeWrapper):
+    """What becomes of a device that nobody uses and that is not where it is best served."""
+
+FAIL_BACK_POLICY_UNSPECIFIED: FailBackPolicy.ValueType  # 0
+"""Same as FAIL_BACK_POLICY_STAY."""
+FAIL_BACK_POLICY_STAY: FailBackPolicy.ValueType  # 1
+"""It stays where it is until somebody asks for it."""
+FAIL_BACK_POLICY_PREFERRED: FailBackPolicy.ValueType  # 2
+"""It goes back to the first of its controllers that could serve it."""
+global___FailBackPolicy = FailBackPolicy
+
+class _PreemptedPolicy:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PreemptedPolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PreemptedPolicy.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PREEMPTED_POLICY_UNSPECIFIED: _PreemptedPolicy.ValueType  # 0
+    """Same as PREEMPTED_POLICY_END."""
+    PREEMPTED_POLICY_END: _PreemptedPolicy.ValueType  # 1
+    """It is over."""
+    PREEMPTED_POLICY_REQUEUE: _PreemptedPolicy.ValueType  # 2
+    """It waits again, as long as it had waited."""
+
+class PreemptedPolicy(_PreemptedPolicy, metaclass=_PreemptedPolicyEnumTypeWrapper):
+    """What becomes of a request whose access is taken for another of higher priority."""
+
+PREEMPTED_POLICY_UNSPECIFIED: PreemptedPolicy.ValueType  # 0
+"""Same as PREEMPTED_POLICY_END."""
+PREEMPTED_POLICY_END: PreemptedPolicy.ValueType  # 1
+"""It is over."""
+PREEMPTED_POLICY_REQUEUE: PreemptedPolicy.ValueType  # 2
+"""It waits again, as long as it had waited."""
+global___PreemptedPolicy = PreemptedPolicy
+
 class _HolderState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -258,6 +334,22 @@ class Device(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
@@ -266,6 +358,12 @@ class Device(google.protobuf.message.Message):
     TTL_SECONDS_FIELD_NUMBER: builtins.int
     TAKEOVER_FIELD_NUMBER: builtins.int
     PATH_TEMPLATE_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    PREEMPTION_FIELD_NUMBER: builtins.int
+    PREEMPTION_GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    MIN_HOLD_SECONDS_FIELD_NUMBER: builtins.int
+    COOL_DOWN_SECONDS_FIELD_NUMBER: builtins.int
+    FAIL_BACK_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -280,6 +378,16 @@ class Device(google.protobuf.message.Message):
     """The URI that clients get instead of the driver's path, in which {device}, {controller}, {data_host},
     {epoch} and {path} are filled in, the last being the driver's path itself; empty for the driver's path.
     """
+    preemption: global___PreemptionPolicy.ValueType
+    """Whether a client loses it to one of higher priority."""
+    preemption_grace_seconds: builtins.int
+    """How long a client has to stop before it loses the device to another, in seconds; 0 means the default of 30."""
+    min_hold_seconds: builtins.int
+    """How long a controller serves it at least before it goes elsewhere for a request, in seconds."""
+    cool_down_seconds: builtins.int
+    """How long it stays where it was used last before it goes elsewhere for a request, in seconds."""
+    fail_back: global___FailBackPolicy.ValueType
+    """Whether it goes back to where it is best served when nobody uses it."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The driver's parameters."""
@@ -287,6 +395,10 @@ class Device(google.protobuf.message.Message):
     @property
     def controllers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The controllers that may hold it, most preferred first; empty means any that has the driver."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """By what a request may choose among devices: {"pool": "a", "kind": "tape"} for instance."""
 
     def __init__(
         self,
@@ -299,8 +411,14 @@ class Device(google.protobuf.message.Message):
         ttl_seconds: builtins.int = ...,
         takeover: global___TakeoverPolicy.ValueType = ...,
         path_template: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        preemption: global___PreemptionPolicy.ValueType = ...,
+        preemption_grace_seconds: builtins.int = ...,
+        min_hold_seconds: builtins.int = ...,
+        cool_down_seconds: builtins.int = ...,
+        fail_back: global___FailBackPolicy.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "device", b"device", "driver", b"driver", "parameters", b"parameters", "path_template", b"path_template", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "cool_down_seconds", b"cool_down_seconds", "device", b"device", "driver", b"driver", "fail_back", b"fail_back", "labels", b"labels", "min_hold_seconds", b"min_hold_seconds", "parameters", b"parameters", "path_template", b"path_template", "preemption", b"preemption", "preemption_grace_seconds", b"preemption_grace_seconds", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
 
 global___Device = Device
 
@@ -339,6 +457,7 @@ class Controller(google.protobuf.message.Message):
     FENCES_FIELD_NUMBER: builtins.int
     SESSION_TTL_SECONDS_FIELD_NUMBER: builtins.int
     FENCER_LACKS_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     controller: builtins.str
@@ -359,6 +478,8 @@ class Controller(google.protobuf.message.Message):
     """How long I/O under way may take when it gives a device up, in seconds."""
     session_ttl_seconds: builtins.int
     """TTL of its session lease in seconds."""
+    host: builtins.str
+    """The name of the host it runs on, for clients on the same one."""
     @property
     def drivers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The drivers it has."""
@@ -387,8 +508,9 @@ class Controller(google.protobuf.message.Message):
         fences: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         session_ttl_seconds: builtins.int = ...,
         fencer_lacks: collections.abc.Iterable[builtins.str] | None = ...,
+        host: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "fences", b"fences", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "data_host", b"data_host", "drain_seconds", b"drain_seconds", "draining", b"draining", "drivers", b"drivers", "endpoint", b"endpoint", "fencer_lacks", b"fencer_lacks", "fences", b"fences", "host", b"host", "instance", b"instance", "session_lease", b"session_lease", "session_ttl_seconds", b"session_ttl_seconds", "software", b"software", "version", b"version"]) -> None: ...
 
 global___Controller = Controller
 
@@ -701,6 +823,22 @@ class AccessRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class SelectorEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
@@ -716,6 +854,17 @@ class AccessRequest(google.protobuf.message.Message):
     CREATED_AT_FIELD_NUMBER: builtins.int
     ENDED_AT_FIELD_NUMBER: builtins.int
     CHANGE_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    SELECTOR_FIELD_NUMBER: builtins.int
+    PREFERRED_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    HOLD_SECONDS_FIELD_NUMBER: builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: builtins.int
+    ON_PREEMPTION_FIELD_NUMBER: builtins.int
+    ARRIVED_FIELD_NUMBER: builtins.int
+    DUE_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     request: builtins.str
@@ -746,6 +895,34 @@ class AccessRequest(google.protobuf.message.Message):
     """When it ended; RFC 3339, for people and retention only."""
     change: builtins.str
     """The transaction that last wrote this; by it one whose answer was lost is found again."""
+    preferred: builtins.str
+    """The controller it would rather be served by than by others."""
+    host: builtins.str
+    """The host its client runs on. A controller there serves it rather than others."""
+    hold_seconds: builtins.int
+    """How long it may have what it was granted, in seconds; 0 means without limit."""
+    idle_seconds: builtins.int
+    """How long it may have what it was granted without reading or writing, in seconds; 0 means without limit."""
+    on_preemption: global___PreemptedPolicy.ValueType
+    """What becomes of it when its access is taken for another."""
+    arrived: builtins.int
+    """When it arrived: milliseconds on the cluster's own count, which goes on only while a coordinator runs."""
+    due: builtins.int
+    """Its turn: who has less is served first. When it arrived, less what its priority is worth."""
+    operation: builtins.str
+    """What the access is for, as the client said: the priority follows from it unless it was given."""
+    identity: builtins.str
+    """Who asks, as TLS knows; empty if it knows nobody."""
+    @property
+    def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """All the devices it wants, if that is more than one: it gets all of them or none. `device` is the first."""
+
+    @property
+    def selector(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The labels that a device has to have, if any that has them will do. `device` is the one it was allotted, and
+        empty until then.
+        """
+
     def __init__(
         self,
         *,
@@ -764,8 +941,19 @@ class AccessRequest(google.protobuf.message.Message):
         created_at: builtins.str = ...,
         ended_at: builtins.str = ...,
         change: builtins.str = ...,
+        devices: collections.abc.Iterable[builtins.str] | None = ...,
+        selector: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        preferred: builtins.str = ...,
+        host: builtins.str = ...,
+        hold_seconds: builtins.int = ...,
+        idle_seconds: builtins.int = ...,
+        on_preemption: global___PreemptedPolicy.ValueType = ...,
+        arrived: builtins.int = ...,
+        due: builtins.int = ...,
+        operation: builtins.str = ...,
+        identity: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["access_lease", b"access_lease", "change", b"change", "client", b"client", "controller", b"controller", "created_at", b"created_at", "device", b"device", "ended_at", b"ended_at", "epoch", b"epoch", "mode", b"mode", "priority", b"priority", "reason", b"reason", "request", b"request", "state", b"state", "version", b"version", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["access_lease", b"access_lease", "arrived", b"arrived", "change", b"change", "client", b"client", "controller", b"controller", "created_at", b"created_at", "device", b"device", "devices", b"devices", "due", b"due", "ended_at", b"ended_at", "epoch", b"epoch", "hold_seconds", b"hold_seconds", "host", b"host", "identity", b"identity", "idle_seconds", b"idle_seconds", "mode", b"mode", "on_preemption", b"on_preemption", "operation", b"operation", "preferred", b"preferred", "priority", b"priority", "reason", b"reason", "request", b"request", "selector", b"selector", "state", b"state", "version", b"version", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 global___AccessRequest = AccessRequest
 
@@ -805,14 +993,17 @@ class QueueEntry(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    DUE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
-    """The device."""
+    """The device; "_any" as long as any of a selector will do."""
     request: builtins.str
     """The request."""
     priority: builtins.int
     """Its priority."""
+    due: builtins.int
+    """Its turn, as in the request."""
     def __init__(
         self,
         *,
@@ -820,8 +1011,9 @@ class QueueEntry(google.protobuf.message.Message):
         device: builtins.str = ...,
         request: builtins.str = ...,
         priority: builtins.int = ...,
+        due: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "priority", b"priority", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "due", b"due", "priority", b"priority", "request", b"request", "version", b"version"]) -> None: ...
 
 global___QueueEntry = QueueEntry
 
@@ -839,6 +1031,8 @@ class Grant(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
+    PREEMPTED_BY_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -855,6 +1049,10 @@ class Grant(google.protobuf.message.Message):
     """Where."""
     mode: global___AccessMode.ValueType
     """How."""
+    preempted_by: builtins.str
+    """The request that it is about to be taken for; empty if it is not."""
+    grace_seconds: builtins.int
+    """How long its client has to stop then, in seconds; 0 means until it says that it has stopped."""
     def __init__(
         self,
         *,
@@ -866,8 +1064,10 @@ class Grant(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         path: builtins.str = ...,
         mode: global___AccessMode.ValueType = ...,
+        preempted_by: builtins.str = ...,
+        grace_seconds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "path", b"path", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "controller", b"controller", "device", b"device", "epoch", b"epoch", "grace_seconds", b"grace_seconds", "mode", b"mode", "path", b"path", "preempted_by", b"preempted_by", "request", b"request", "version", b"version"]) -> None: ...
 
 global___Grant = Grant
 
@@ -884,6 +1084,7 @@ class Availability(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     FAILED_AT_FIELD_NUMBER: builtins.int
     STUCK_EPOCH_FIELD_NUMBER: builtins.int
+    UNREACHABLE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -900,6 +1101,8 @@ class Availability(google.protobuf.message.Message):
     """The epoch that it began and can not prove to be over: until it can, it is not given the device. 0 if there
     is none.
     """
+    unreachable: builtins.str
+    """Why the device can not be reached from there, as was found by looking; empty if it can."""
     def __init__(
         self,
         *,
@@ -910,10 +1113,79 @@ class Availability(google.protobuf.message.Message):
         reason: builtins.str = ...,
         failed_at: builtins.str = ...,
         stuck_epoch: builtins.int = ...,
+        unreachable: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "stuck_epoch", b"stuck_epoch", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "failed_at", b"failed_at", "failures", b"failures", "reason", b"reason", "stuck_epoch", b"stuck_epoch", "unreachable", b"unreachable", "version", b"version"]) -> None: ...
 
 global___Availability = Availability
+
+@typing.final
+class Drain(google.protobuf.message.Message):
+    """A person's word that a controller is to give up what it has and to get nothing more. Absent means it may."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    CONTROLLER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    OPERATOR_FIELD_NUMBER: builtins.int
+    RECORDED_AT_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """Major version of this record; 1."""
+    controller: builtins.str
+    """The controller."""
+    reason: builtins.str
+    """Why, in a sentence."""
+    operator: builtins.str
+    """Who said so, and what TLS knows of them."""
+    recorded_at: builtins.str
+    """When; RFC 3339, for people only."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        controller: builtins.str = ...,
+        reason: builtins.str = ...,
+        operator: builtins.str = ...,
+        recorded_at: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "operator", b"operator", "reason", b"reason", "recorded_at", b"recorded_at", "version", b"version"]) -> None: ...
+
+global___Drain = Drain
+
+@typing.final
+class Pause(google.protobuf.message.Message):
+    """A person's word that control of a device, or of all of them, does not change by itself. Absent means it does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    OPERATOR_FIELD_NUMBER: builtins.int
+    RECORDED_AT_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """Major version of this record; 1."""
+    device: builtins.str
+    """The device; "_any" for all."""
+    reason: builtins.str
+    """Why, in a sentence."""
+    operator: builtins.str
+    """Who said so, and what TLS knows of them."""
+    recorded_at: builtins.str
+    """When; RFC 3339, for people only."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        device: builtins.str = ...,
+        reason: builtins.str = ...,
+        operator: builtins.str = ...,
+        recorded_at: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "operator", b"operator", "reason", b"reason", "recorded_at", b"recorded_at", "version", b"version"]) -> None: ...
+
+global___Pause = Pause
 
 @typing.final
 class Party(google.protobuf.message.Message):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from leasehold.store.records import ControllerId, CoordinatorId, DeviceId, Epoch, RequestId
+from leasehold.store.records import ANY, ControllerId, CoordinatorId, DeviceId, Epoch, RequestId
 
 DEFAULT_PREFIX = "/leasehold/v1/"
 
@@ -78,6 +78,25 @@ class Keys:
 
     def queue(self, device: DeviceId) -> str:
         return f"{self.prefix}queue/{device}/"
+
+    @property
+    def pool_queue(self) -> str:
+        """Where requests wait that any device of a selector will do for. No device can bear that name."""
+        return f"{self.prefix}queue/{ANY}/"
+
+    def pool_entry(self, request: RequestId) -> str:
+        return f"{self.pool_queue}{request}"
+
+    def drain(self, controller: ControllerId) -> str:
+        return f"{self.prefix}drains/{controller}"
+
+    @property
+    def pauses(self) -> str:
+        return f"{self.prefix}pauses/"
+
+    def pause(self, device: DeviceId) -> str:
+        """Of one device, or of all, for `ANY`."""
+        return f"{self.pauses}{device}"
 
     def queue_entry(self, device: DeviceId, request: RequestId) -> str:
         return f"{self.queue(device)}{request}"

@@ -25,10 +25,15 @@ NO_EPOCH = Epoch(0)
 """Before the first that is ever given."""
 NO_LEASE = LeaseId("")
 NO_REQUEST = RequestId("")
+NO_DEVICE = DeviceId("")
+ANY = DeviceId("_any")
+"""Stands where a device is named for any or all of them. It is no id."""
 VERSION = 1
 DEFAULT_TTL = 10
 """Seconds a device lease lives when its spec does not say."""
 DEFAULT_PRIORITY = 50
+DEFAULT_GRACE = 30
+"""Seconds that a client has to stop before its access is taken for another, when the spec does not say."""
 
 
 class InvalidId(ValueError):
@@ -79,6 +84,22 @@ def new_instance() -> InstanceId:
 class TakeoverPolicy(StrEnum):
     HOLD_OFF = "HOLD_OFF"
     STRICT = "STRICT"
+
+
+class PreemptionPolicy(StrEnum):
+    NEVER = "NEVER"
+    LOWER = "LOWER"
+    AT_SAFE_POINT = "AT_SAFE_POINT"
+
+
+class FailBackPolicy(StrEnum):
+    STAY = "STAY"
+    PREFERRED = "PREFERRED"
+
+
+class PreemptedPolicy(StrEnum):
+    END = "END"
+    REQUEUE = "REQUEUE"
 
 
 class HolderState(StrEnum):
@@ -142,11 +163,24 @@ class Device:
     ttl_seconds: int = 0
     takeover: TakeoverPolicy = TakeoverPolicy.HOLD_OFF
     path_template: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    preemption: PreemptionPolicy = PreemptionPolicy.NEVER
+    preemption_grace_seconds: int = 0
+    min_hold_seconds: int = 0
+    cool_down_seconds: int = 0
+    fail_back: FailBackPolicy = FailBackPolicy.STAY
 
     @property
     def ttl(self) -> int:
         """Seconds its device lease lives without being renewed."""
         return self.ttl_seconds or DEFAULT_TTL
+
+    @property
+    def grace(self) -> int:
+        """Seconds that a client has to stop before its access is taken for another; 0 for until it has."""
+        if self.preemption is PreemptionPolicy.AT_SAFE_POINT:
+            return 0
+        return self.preemption_grace_seconds or DEFAULT_GRACE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +200,7 @@ class Controller:
     fences: Mapping[str, str] = field(default_factory=dict, hash=False)
     session_ttl_seconds: int = 0
     fencer_lacks: tuple[str, ...] = ()
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +276,7 @@ class AccessRequest:
     version: int = VERSION
     request: RequestId
     client: str = ""
-    device: DeviceId
+    device: DeviceId = NO_DEVICE
     mode: AccessMode = AccessMode.EXCLUSIVE
     priority: int = 0
     controller: ControllerId = ControllerId("")
@@ -253,6 +288,22 @@ class AccessRequest:
     created_at: str = ""
     ended_at: str = ""
     change: str = ""
+    devices: tuple[DeviceId, ...] = ()
+    selector: Mapping[str, str] = field(default_factory=dict, hash=False)
+    preferred: ControllerId = ControllerId("")
+    host: str = ""
+    hold_seconds: int = 0
+    idle_seconds: int = 0
+    on_preemption: PreemptedPolicy = PreemptedPolicy.END
+    arrived: int = 0
+    due: int = 0
+    operation: str = ""
+    identity: str = ""
+
+    @property
+    def all_devices(self) -> tuple[DeviceId, ...]:
+        """The devices it wants, all of them; none as long as any of a selector will do."""
+        return self.devices or ((self.device,) if self.device else ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +349,7 @@ class QueueEntry:
     device: DeviceId
     request: RequestId
     priority: int = 0
+    due: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +364,8 @@ class Grant:
     epoch: Epoch
     path: str
     mode: AccessMode = AccessMode.EXCLUSIVE
+    preempted_by: RequestId = NO_REQUEST
+    grace_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +379,29 @@ class Availability:
     reason: str = ""
     failed_at: str = ""
     stuck_epoch: Epoch = Epoch(0)
+    unreachable: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """A person's word that a controller is to give up what it has."""
+
+    version: int = VERSION
+    controller: ControllerId
+    reason: str = ""
+    operator: str = ""
+    recorded_at: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """A person's word that control of a device, or of all, does not change by itself."""
+
+    version: int = VERSION
+    device: DeviceId
+    reason: str = ""
+    operator: str = ""
+    recorded_at: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,4 +455,6 @@ Record = (
     | Availability
     | ControlChange
     | Installation
+    | Drain
+    | Pause
 )
