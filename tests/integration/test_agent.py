@@ -470,7 +470,7 @@ async def test_nothing_is_read_that_the_assignment_says(site: Site, writes: bool
         ]
         granted = (await site.installation.waiting(waiting.request.value.request)).request
         await site.installation.apply(
-            requests.end(site.installation.keys, state, granted, reason="test", path_exposed=False)
+            requests.end(site.installation.keys, [state], granted, reason="test", path_exposed=False)
         )
 
 

@@ -936,7 +936,7 @@ async def test_a_mirror_that_lags_behind_is_not_believed(
     # By way of another coordinator, "first" is over and "stale" granted.
     first = await installation.waiting("first")
     state, keys = await installation.state(), installation.keys
-    await installation.apply(requests.end(keys, state, first.request, reason="r", path_exposed=False))
+    await installation.apply(requests.end(keys, [state], first.request, reason="r", path_exposed=False))
     state, queue, stale = (
         await installation.state(),
         await installation.queue(),

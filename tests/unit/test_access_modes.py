@@ -59,7 +59,7 @@ async def granted(installation: Installation, name: str, mode: AccessMode) -> Wa
 async def ended(installation: Installation, name: str, *, path_exposed: bool = False) -> Transaction:
     stands = (await installation.waiting(name)).request
     return requests.end(
-        installation.keys, await installation.state(), stands, reason="r", path_exposed=path_exposed
+        installation.keys, [await installation.state()], stands, reason="r", path_exposed=path_exposed
     )
 
 

@@ -15,8 +15,9 @@ from leasehold.coordinator.limits import CALLS, Limits
 from leasehold.runtime.api import Exhausted
 from leasehold.runtime.config import ConfigError, load
 from leasehold.store.kv import Snapshot
-from leasehold.store.records import Client, DeviceId, QueueEntry, RequestId
+from leasehold.store.records import AccessRequest, Client, DeviceId, QueueEntry, RequestId
 from mirror import DISK, KEYS, Content
+from mirror import request as request_for
 
 OTHER = DeviceId("d10")
 
@@ -42,6 +43,10 @@ def queued(*names: str, device: DeviceId = DISK) -> Cluster:
     return cluster
 
 
+def asking(device: DeviceId) -> AccessRequest:
+    return request_for("new", device=device)
+
+
 async def refusal(admission: Admission, device: DeviceId = DISK) -> Exhausted:
     with pytest.raises(Exhausted) as raised:
         await let_in(admission, device)
@@ -51,7 +56,7 @@ async def refusal(admission: Admission, device: DeviceId = DISK) -> Exhausted:
 
 
 async def let_in(admission: Admission, device: DeviceId = DISK) -> None:
-    async with admission.request(device):
+    async with admission.request(asking(device)):
         pass
 
 
@@ -113,14 +118,14 @@ async def test_a_full_queue_takes_no_more_and_another_does() -> None:
 
 async def test_what_is_being_written_counts_as_if_it_stood() -> None:
     admission = Admission(Limits(queue=2), queued("q1"), Clock())
-    async with admission.request(DISK):
+    async with admission.request(asking(DISK)):
         assert (await refusal(admission)).reason == "QUEUE_FULL"
     await let_in(admission)
 
 
 async def test_the_cluster_takes_so_many_requests() -> None:
     admission = Admission(Limits(requests=3, queue=3), queued("q1", "q2"), Clock())
-    async with admission.request(OTHER):
+    async with admission.request(asking(OTHER)):
         assert (await refusal(admission, OTHER)).reason == "TOO_MANY_REQUESTS"
     await let_in(admission, OTHER)
 
@@ -130,7 +135,7 @@ async def test_so_many_are_written_at_one_moment_and_so_many_more_wait_their_tur
     let, turns = asyncio.Event(), []
 
     async def write(name: str) -> None:
-        async with admission.request(DISK):
+        async with admission.request(asking(DISK)):
             turns.append(name)
             await let.wait()
 
@@ -152,7 +157,7 @@ async def test_so_many_are_written_at_one_moment_and_so_many_more_wait_their_tur
 async def test_a_request_that_failed_makes_room() -> None:
     admission = Admission(Limits(admissions=1, arrivals=1), queued(), Clock())
     with pytest.raises(ZeroDivisionError):
-        async with admission.request(DISK):
+        async with admission.request(asking(DISK)):
             raise ZeroDivisionError
     await let_in(admission)
 

@@ -107,7 +107,7 @@ async def test_the_command_has_the_device_and_our_streams(coordinator: FakeCoord
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
-        (access_pb2.AccessStatus(access=access_pb2.Access(epoch=4)), 7, ""),
+        (access_pb2.AccessStatus(access=access_pb2.Access(device="disk-1", epoch=4)), 7, ""),
         (access_pb2.AccessStatus(reason="a does not answer"), exits.LOST, "a does not answer"),
         (
             access_pb2.AccessStatus(access=access_pb2.Access(epoch=5, controller="b")),

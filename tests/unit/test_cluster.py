@@ -254,11 +254,11 @@ def test_what_a_request_has_waited_is_counted_from_its_arrival_whatever_is_read_
     cluster.load(content.snapshot())
     early, late = RequestId("early"), RequestId("late")
     assert (cluster.waited(early), cluster.waited(late)) == (5.0, 2.0)
-    cluster.apply(content.delete(KEYS.queue_entry(DISK, early)))
+    cluster.apply(content.delete(KEYS.request(early)))
     assert (cluster.waited(early), cluster.waited(late)) == (0.0, 2.0)
     cluster.apply(content.put(*pending("early")))
     assert cluster.waited(early) == 0.0
-    content.delete(KEYS.queue_entry(DISK, late))
+    content.delete(KEYS.request(late))
     cluster.load(content.snapshot())
     assert cluster.waited(late) == 0.0
 

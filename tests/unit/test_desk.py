@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from leasehold.coordinator.desk import LONGEST_WAIT, _the_same, asked, with_newcomer
+from leasehold.coordinator.asking import LONGEST_WAIT, asked, the_same
+from leasehold.coordinator.desk import with_newcomer
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.specs import checked_spec
 from leasehold.runtime.api import ApiError
@@ -186,9 +187,9 @@ def test_the_same_id_with_another_spec_is_refused(fields: Mapping[str, Any]) -> 
     content = Content(*pending("r"))
     stands = content.cluster().requests[RequestId("r")]
     name = next(iter(fields))
-    assert _the_same(asked("r", asking(client="client of r")), stands) is stands
+    assert the_same(asked("r", asking(client="client of r")), stands) is stands
     with pytest.raises(ApiError, match=f"differs in {name}:") as raised:
-        _the_same(asked("r", asking(**{"client": "client of r", **fields})), stands)
+        the_same(asked("r", asking(**{"client": "client of r", **fields})), stands)
     assert raised.value.code is grpc.StatusCode.ALREADY_EXISTS
     assert raised.value.metadata == {"request": "r", "device": "d1"}
 

@@ -35,7 +35,7 @@ class Mirrored:
         self.timers.append(seconds)
 
     def expired(self) -> str:
-        late = self.loop._expired(self.cluster.view(DISK))
+        late = self.loop._expired(DISK)
         return late.request.request if late else ""
 
 

@@ -207,7 +207,7 @@ async def test_requests_that_the_mirror_does_not_show_yet_are_listed(
     async def listed(*, ended: bool) -> list[tuple[str, str]]:
         found, following = await reader.requests("", ended=ended, after=0, most=10)
         assert following == 0
-        return [(stored.value.request, stored.value.state) for stored, _ in found]
+        return [(item.request.request, item.request.state) for item in found]
 
     assert await listed(ended=False) == [("r1", "PENDING"), ("r0", "PENDING")]
     assert await listed(ended=True) == [("r3", "CANCELLED"), ("r1", "PENDING"), ("r0", "PENDING")]
@@ -232,8 +232,8 @@ async def test_a_page_of_requests_costs_a_page(installation: Installation, kv: C
     while True:
         kv.brought = 0
         found, after = await reader.requests("", ended=True, after=after, most=30)
-        seen.extend(stored.value.request for stored, _ in found)
-        assert all(view.device == stored.value.device for stored, view in found)
+        seen.extend(item.request.request for item in found)
+        assert all(item.devices[0].device == item.request.device for item in found)
         assert kv.brought <= 30 + 2 * 2 * 2, "each of them, and their devices"
         if not after:
             break
@@ -250,4 +250,4 @@ async def test_a_request_that_was_forgotten_is_not_listed(installation: Installa
     reader = Reader(kv, await mirror(installation))
     await installation.kv.delete(waiting.request.key)
     found, _ = await reader.requests("", ended=True, after=0, most=10)
-    assert [stored.value.request for stored, _ in found] == ["r2"]
+    assert [item.request.request for item in found] == ["r2"]

@@ -178,7 +178,7 @@ async def test_what_is_not_granted_does_not_end(
     waiting = await installation.submitted("q1")
     other = replace(waiting.request, value=replace(waiting.request.value, state=state))
     with pytest.raises(NotPossible, match=f"is {state}, not GRANTED"):
-        requests.end(installation.keys, await installation.state(), other, reason="r", path_exposed=False)
+        requests.end(installation.keys, [await installation.state()], other, reason="r", path_exposed=False)
 
 
 @pytest.mark.parametrize("how", ["none", "activating", "yielding", "exposed", "unreadable"])
@@ -269,7 +269,7 @@ async def test_an_access_ends_where_the_client_says_so(installation: Installatio
     waiting = await granted(installation, "q1")
     state = await installation.state()
     await installation.apply(
-        requests.end(installation.keys, state, waiting.request, reason="released", path_exposed=False)
+        requests.end(installation.keys, [state], waiting.request, reason="released", path_exposed=False)
     )
     assert await present(installation, "q1") == {"request"}
     value = (await installation.waiting("q1")).request.value
@@ -289,7 +289,7 @@ async def test_an_access_that_ends_by_itself_leaves_its_path_exposed(
     state = await installation.state()
     await installation.revoke(waiting.request.value.access_lease)
     await installation.apply(
-        requests.end(installation.keys, state, waiting.request, reason="vanished", path_exposed=True)
+        requests.end(installation.keys, [state], waiting.request, reason="vanished", path_exposed=True)
     )
     state = await installation.state()
     assert state.holder is not None
@@ -316,7 +316,7 @@ async def test_a_path_is_exposed_only_where_there_is_one(
         await installation.apply(swap(installation.author, await installation.state(), reason="r"))
     state = await installation.state()
     await installation.apply(
-        requests.end(installation.keys, state, waiting.request, reason="vanished", path_exposed=True)
+        requests.end(installation.keys, [state], waiting.request, reason="vanished", path_exposed=True)
     )
     after = await installation.state()
     assert (after.holder.mod_revision if after.holder else 0) == (
@@ -330,7 +330,7 @@ async def test_an_end_that_exposes_the_path_compares_the_holder(
     await installation.active(a)
     waiting = await granted(installation, "q1")
     state = await installation.state()
-    end = requests.end(installation.keys, state, waiting.request, reason="vanished", path_exposed=True)
+    end = requests.end(installation.keys, [state], waiting.request, reason="vanished", path_exposed=True)
     await installation.apply(direct(installation.author, state, b, reason="r"))
     await installation.refused(end)
 
@@ -340,7 +340,7 @@ async def test_an_access_ends_once(installation: Installation, a: Controller) ->
     waiting = await granted(installation, "q1")
     state = await installation.state()
     ends = [
-        requests.end(installation.keys, state, waiting.request, reason="r", path_exposed=exposed)
+        requests.end(installation.keys, [state], waiting.request, reason="r", path_exposed=exposed)
         for exposed in (False, True)
     ]
     await installation.apply(ends[0])
@@ -441,7 +441,7 @@ async def test_a_publication_compares_whom_it_serves(
         state = await installation.state()
         publication = installation.publication(state, lease, Serving(grants=state.grants))
         await installation.apply(
-            requests.end(installation.keys, state, access.request, reason="r", path_exposed=False)
+            requests.end(installation.keys, [state], access.request, reason="r", path_exposed=False)
         )
         await installation.refused(publication)
         return
@@ -504,6 +504,6 @@ async def test_eight_submissions_of_one_id_make_one_request(
 
 
 def test_a_queue_is_compared_whole(installation: Installation) -> None:
-    compare = requests.QueueSeen(DISK, 7).compare(installation.keys)
+    (compare,) = requests.QueueSeen(DISK, 7).compares(installation.keys)
     assert compare.prefix
     assert compare.key == installation.keys.queue(DISK)

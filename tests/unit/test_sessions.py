@@ -45,7 +45,8 @@ class Client:
         self.told: list[access_pb2.RequestAccessResponse] = []
 
     def hears(self) -> access_pb2.RequestAccessResponse | None:
-        event = self.session.next(self.cluster.view(DISK), self.cluster.requests.get(R))
+        found = self.cluster.requests.get(R)
+        event = self.session.next(self.cluster.request_view(found) if found else None)
         if event is not None:
             assert (event.request_id, event.access_ttl_seconds) == ("r", 15)
             self.told.append(event)

@@ -11,7 +11,6 @@ What is guaranteed here, and what not:
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Protocol, Self
@@ -20,12 +19,12 @@ import grpc
 import grpc.aio
 
 from leasehold.client import stubs
+from leasehold.client.asking import Wanted, shown
 from leasehold.client.changes import Change, Ended, Moved, Progress, Revoked
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import (
     AccessLost,
-    BadRequest,
     Busy,
     LeaseholdError,
     NoCoordinator,
@@ -83,6 +82,9 @@ class Access:
         """Set when the access is over without the client's doing. Stop using the path."""
         self._owner = owner
         self._request = request
+        self._wanted: Wanted = (
+            request.spec.device or list(request.spec.devices) or dict(request.spec.selector)
+        )
         self._wait = wait
         self._progress = progress
         self._doing = "no coordinator has answered yet"
@@ -115,8 +117,14 @@ class Access:
         return self._access.revision
 
     @property
+    def paths(self) -> dict[str, str]:
+        """Where each of its devices is reached now, a URI, by device."""
+        return _paths(self._access)
+
+    @property
     def device(self) -> str:
-        return self._request.spec.device
+        """What was asked for, in one word; once it is granted, the device, the first of several."""
+        return self._now.device if self._now is not None else shown(self._wanted)
 
     @property
     def mode(self) -> str:
@@ -128,6 +136,18 @@ class Access:
         """The id of the request, for `get requests` and the history."""
         return self._request.request_id
 
+    async def give_way(self) -> None:
+        """Say that the path is used no more, after `Revoked` told that it is taken for another request.
+
+        Raises `Refused` if it is not. What follows is `Ended`, or `Moved` once it is granted again.
+        """
+        request = access_pb2.YieldAccessRequest(request_id=self.request)
+
+        async def attempt(channel: grpc.aio.Channel, limit: float) -> None:
+            await stubs.access(channel).YieldAccess(request, timeout=limit)
+
+        await self._owner.endpoints.ask(attempt, until=now() + self._owner.timeout)
+
     async def doubt(self) -> str:
         """Why the path can not be relied on at this moment; "" if nothing speaks against it.
 
@@ -136,7 +156,7 @@ class Access:
         """
         if self._ended is not None:
             return str(self._ended)
-        epoch = self.epoch
+        epochs = _epochs(self._access)
         request = access_pb2.GetAccessRequest(request_id=self.request, confirm=True)
 
         async def attempt(channel: grpc.aio.Channel, limit: float) -> access_pb2.GetAccessResponse:
@@ -152,7 +172,7 @@ class Access:
         if not answer.status.HasField("access"):
             return answer.status.reason
         found = answer.status.access
-        return "" if found.epoch == epoch else f"moved to {found.controller}, epoch {found.epoch}"
+        return "" if _epochs(found) == epochs else f"moved to {found.controller}, epoch {found.epoch}"
 
     def abandon(self) -> None:
         """Leave without giving the access back: it ends by itself, one access TTL after leaving.
@@ -274,7 +294,8 @@ class Access:
             case "moved":
                 self._arrive(response.moved)
             case "revoked":
-                self._change(Revoked(response.revoked.reason, response.revoked.grace_seconds))
+                told = response.revoked
+                self._change(Revoked(told.reason, told.grace_seconds, told.preempted_by))
             case "ended":
                 self._finish(response.ended)
                 return True
@@ -290,7 +311,9 @@ class Access:
             if self._granted is not None and not self._granted.done():
                 self._granted.set_result(None)
         else:
-            self._change(Moved(access.path, access.epoch, access.controller, access.revision))
+            paths = _paths(access) if access.others else {}
+            moved = Moved(access.path, access.epoch, access.controller, access.revision, paths)
+            self._change(moved)
 
     def _finish(self, ended: access_pb2.Ended) -> None:
         state = records_pb2.RequestState.Name(ended.state).removeprefix("REQUEST_STATE_")
@@ -337,16 +360,19 @@ class Access:
 
 
 def _newer(access: access_pb2.Access, before: access_pb2.Access) -> bool:
-    """A later epoch; or another path in the same one, after a restart of what serves it."""
-    if access.epoch != before.epoch:
+    """A later epoch; or another path in the same one, after a restart of what serves it, or another device.
+
+    Of several devices some may be where they were: what was so at a later revision is newer.
+    """
+    if access.device == before.device and not access.others and access.epoch != before.epoch:
         return access.epoch > before.epoch
-    return access.path != before.path and access.revision > before.revision
+    same = _epochs(access) == _epochs(before) and _paths(access) == _paths(before)
+    return not same and access.revision > before.revision
 
 
-def wait_seconds(wait: float | None) -> int:
-    """The contract's whole seconds for a wait of `wait`; None waits without limit. Raises `BadRequest`."""
-    if wait is None:
-        return 0
-    if not 0 < wait < 1 << 31:
-        raise BadRequest(f"a wait of {wait:g} s is none: it is more than 0, or None for no limit", "BAD_WAIT")
-    return math.ceil(wait)
+def _epochs(access: access_pb2.Access) -> dict[str, int]:
+    return {item.device: item.epoch for item in (access, *access.others)}
+
+
+def _paths(access: access_pb2.Access) -> dict[str, str]:
+    return {item.device: item.path for item in (access, *access.others)}

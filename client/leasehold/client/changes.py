@@ -1,6 +1,7 @@
 """What may happen to an access while a client uses it, and while it waits for it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Moved:
     epoch: int
     controller: str
     revision: int
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Of each device, where there are several; not all of them need have changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,9 @@ class Revoked:
     reason: str
     grace: int
     """Seconds that I/O under way has to finish, while new I/O is refused; 0 means that the path is dead."""
+    preempted_by: str = ""
+    """The request that it is taken for: the path works until `grace` is over, or without limit if that is 0,
+    and whoever has stopped using it says so by `give_way`, or gives the access back."""
 
 
 @dataclass(frozen=True, slots=True)

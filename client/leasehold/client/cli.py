@@ -20,7 +20,7 @@ from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
 from leasehold.client.modes import Mode
-from leasehold.client.options import CODES, Coordinators, DeviceName, ask, group, say, seconds
+from leasehold.client.options import CODES, Coordinators, ask, group, limit, say, seconds
 from leasehold.client.process import DevFailed, Unusable
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ app.command(epilog=CODES)(device.transfer)
 app.command("confirm-dead", epilog=CODES)(confirm.confirm_dead)
 app.command(epilog=CODES)(request.request)
 app.command(epilog=CODES)(request.renew)
+app.command("give-way", epilog=CODES)(request.give_way)
 app.command(epilog=CODES)(request.release)
 app.command(epilog=CODES)(request.cancel)
 app.add_typer(history.history, name="history")
@@ -85,41 +86,51 @@ Directory = Annotated[
 
 @app.command(epilog=exits.HELP)
 def run(
-    device: DeviceName,
+    wanted: request.Wanted,
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="What to run.")],
     *,
     mode: request.How = Mode.EXCLUSIVE,
     via: request.Via = "",
+    prefer: request.Prefer = "",
     priority: request.Priority = None,
+    operation: request.Operation = "",
     wait: request.Wait = "",
+    hold: request.Hold = "",
+    idle: request.Idle = "",
     request_id: request.RequestId = "",
     client: request.Client = "",
     grace: Annotated[str, typer.Option(metavar="TIME", help="Between SIGTERM and SIGKILL.")] = "5s",
     coordinator: Coordinators = None,
 ) -> None:
-    """Run COMMAND while this machine has a device.
+    """Run COMMAND while this machine has a device, or several.
 
     COMMAND finds where the device is in LEASEHOLD_PATH, and what it may want to know besides in
-    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER, LEASEHOLD_REQUEST and LEASEHOLD_MODE. It has
-    our standard streams, and signals are passed on to it. When the access is lost or moved, COMMAND and
-    everything it has started is stopped: SIGTERM, then SIGKILL. The device is given back once nothing of it
-    is left.
+    LEASEHOLD_DEVICE, LEASEHOLD_EPOCH, LEASEHOLD_CONTROLLER, LEASEHOLD_REQUEST and LEASEHOLD_MODE; of several
+    devices these are about the first, and LEASEHOLD_DEVICES and LEASEHOLD_PATHS name all, with spaces
+    between. It has our standard streams, and signals are passed on to it. When the access is lost or moved,
+    COMMAND and everything it has started is stopped: SIGTERM, then SIGKILL. The device is given back once
+    nothing of it is left.
     """
     from leasehold.client import run as runner  # noqa: PLC0415
+    from leasehold.client.asking import parsed  # noqa: PLC0415
 
-    limit = seconds(wait, "--wait") if wait else None
+    waiting, holding, idling = limit(wait, "--wait"), limit(hold, "--hold"), limit(idle, "--idle")
     patience = seconds(grace, "--grace")
 
     async def work(leasehold: "Leasehold") -> int:
         access = leasehold.access(
-            device,
+            parsed(wanted),
             mode=mode,
             priority=priority,
+            operation=operation,
             controller=via,
-            wait=limit,
+            preferred=prefer,
+            wait=waiting,
+            hold=holding,
+            idle=idling,
             client=client,
             request=request_id,
-            progress=_progress(device),
+            progress=_progress(wanted),
         )
         return await runner.run(access, command, say=say, grace=patience)
 

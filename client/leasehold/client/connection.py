@@ -1,24 +1,21 @@
 """What `connect` returns: access to devices, and everything that is known of them."""
 
-import getpass
-import os
 import secrets
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
 
 from leasehold.client import stubs
-from leasehold.client.access import Access, wait_seconds
+from leasehold.client.access import Access
+from leasehold.client.asking import Asking, Wanted, access_spec, default_client
 from leasehold.client.changes import Progress
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import TimedOut
 from leasehold.client.messages import made
-from leasehold.client.modes import mode_number
 from leasehold.client.tls import Security
 from leasehold.v1 import (
     access_pb2,
@@ -68,43 +65,26 @@ class Leasehold:
 
     def access(
         self,
-        device: str,
+        wanted: Wanted,
         *,
-        mode: str = "exclusive",
-        priority: int | None = None,
-        controller: str = "",
-        wait: float | None = None,
-        client: str = "",
         request: str = "",
         progress: Callable[[Progress], None] | None = None,
+        **asking: Unpack[Asking],
     ) -> Access:
-        """Access to `device`, granted once the result is entered.
+        """Access to a device, to several, or to any that has certain labels, granted once the result is
+        entered. How it is asked for see `Asking`.
 
-        mode: "exclusive"; "shared" with others that write too and ask for the same; "read-only" beside others
-            that only read, under a path that refuses writes.
-        priority: 0 to 100, higher goes first; None means 50.
-        controller: the only one to be served by; empty means any.
-        wait: seconds to wait at most; None waits without limit.
-        client: who asks, for the history and for people; by default user@host.
         request: its id, by which a later process finds the same request again; by default a new one.
         progress: called with the reason of every wait, from the event loop.
         """
-        spec = _access_spec(device, priority, controller, wait, client, mode=mode)
+        spec = access_spec(wanted, **asking)
         asked = made(access_pb2.RequestAccessRequest, request_id=request or secrets.token_hex(8), spec=spec)
-        return Access(self, asked, wait, progress)
+        return Access(self, asked, asking.get("wait"), progress)
 
     async def submit(
-        self,
-        device: str,
-        *,
-        mode: str = "exclusive",
-        priority: int | None = None,
-        controller: str = "",
-        wait: float | None = None,
-        client: str = "",
-        request: str = "",
+        self, wanted: Wanted, *, request: str = "", **asking: Unpack[Asking]
     ) -> access_pb2.AccessStatus:
-        """Ask for `device` without waiting for it. The arguments are those of `access`.
+        """Ask for what is `wanted` without waiting for it. The arguments are those of `access`.
 
         For a client that looks again with `request`: it has to `renew` within the access TTL that the answer
         names, granted or not, and ends with `release`.
@@ -112,9 +92,19 @@ class Leasehold:
         asked = made(
             access_pb2.SubmitAccessRequest,
             request_id=request or secrets.token_hex(8),
-            spec=_access_spec(device, priority, controller, wait, client, mode=mode),
+            spec=access_spec(wanted, **asking),
         )
         answer: access_pb2.SubmitAccessResponse = await self._ask(stubs.access, "SubmitAccess", asked)
+        return answer.status
+
+    async def give_way(self, request: str) -> access_pb2.AccessStatus:
+        """Say that what is about to be taken from a request for another of higher priority is used no more.
+
+        Raises `Refused` if nothing is.
+        """
+        answer: access_pb2.YieldAccessResponse = await self._ask(
+            stubs.access, "YieldAccess", made(access_pb2.YieldAccessRequest, request_id=request)
+        )
         return answer.status
 
     async def renew(self, request: str) -> access_pb2.AccessStatus:
@@ -349,22 +339,6 @@ class Leasehold:
                 request.page_token = answer.next_page_token
 
 
-def _access_spec(
-    device: str, priority: int | None, controller: str, wait: float | None, client: str, *, mode: str
-) -> access_pb2.AccessSpec:
-    spec = made(
-        access_pb2.AccessSpec,
-        device=device,
-        client=client or default_client(),
-        mode=mode_number(mode),
-        controller=controller,
-        wait_seconds=wait_seconds(wait),
-    )
-    if priority is not None:
-        spec.priority = priority
-    return spec
-
-
 def _device_spec(
     device: str,
     driver: str,
@@ -386,13 +360,3 @@ def _device_spec(
         takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
         path_template=path_template,
     )
-
-
-def default_client() -> str:
-    """Who this process is, for the history: user@host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        # A user id without a name, as containers often have.
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"

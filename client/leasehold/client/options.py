@@ -79,6 +79,11 @@ async def one(answer: Awaitable[T]) -> list[T]:
     return [await answer]
 
 
+def limit(text: str, option: str) -> float | None:
+    """As `seconds`; None for an empty text, which is no limit."""
+    return seconds(text, option) if text else None
+
+
 def seconds(text: str, option: str) -> float:
     """The seconds that `text` names: 90, 90s, 5m, 2h, 7d. Raises `typer.BadParameter` naming `option`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from leasehold.client.asking import shown
 from leasehold.client.modes import mode_name
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
@@ -114,7 +115,7 @@ REQUESTS = Kind(
     lambda status: status.request.request,
     {
         "REQUEST": lambda status: status.request.request,
-        "DEVICE": lambda status: status.request.device,
+        "DEVICE": lambda status: requested(status.request),
         "STATE": request_state,
         "MODE": lambda status: mode_name(status.request.mode),
         "PRIORITY": lambda status: str(status.request.priority),
@@ -155,6 +156,13 @@ HISTORY = Kind(
         "AUTHOR": lambda recorded: recorded.change.author,
     },
 )
+
+
+def requested(request: records_pb2.AccessRequest) -> str:
+    """The devices of a request; as long as any of a selector will do, its labels."""
+    if request.device or request.devices:
+        return shown(list(request.devices) or request.device)
+    return shown(dict(request.selector))
 
 
 def show(messages: Sequence[Message], kind: Kind, form: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from leasehold.client import output
+from leasehold.client.asking import shown
 from leasehold.client.errors import NotFound
 from leasehold.client.modes import mode_name
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
@@ -120,30 +121,48 @@ async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
     """About an access request. Raises `NotFound`."""
     status = await leasehold.request(name)
     request = status.request
-    device = await leasehold.device(request.device)
-    history = await leasehold.history(request.device)
+    names = list(request.devices) or [name for name in (request.device,) if name]
+    devices = [await leasehold.device(device) for device in names]
+    history = [item for device in names for item in await leasehold.history(device)]
     over = request.ended_at or ""
     fields = [
         ("Request", name),
         ("State", output.request_state(status) + (f" at {over}" if over else "")),
-        ("Device", request.device),
+        ("Device" if len(devices) < 2 else "Devices", output.requested(request)),
+        *([("Any with", shown(dict(request.selector)))] if request.selector else []),
         ("Client", request.client),
         ("Mode", mode_name(request.mode)),
-        ("Priority", str(request.priority)),
+        (
+            "Priority",
+            f"{request.priority} ({request.operation})" if request.operation else str(request.priority),
+        ),
         ("Wants", request.controller or "any controller"),
+        *([("Prefers", request.preferred)] if request.preferred else []),
         ("Waits", f"at most {request.wait_seconds} s" if request.wait_seconds else "without limit"),
+        *([("Has it", f"at most {request.hold_seconds} s")] if request.hold_seconds else []),
+        *([("Idle", f"at most {request.idle_seconds} s")] if request.idle_seconds else []),
         ("Created", request.created_at),
     ]
-    fields += [("Position", f"{status.position} of {device.queued}")] if status.position else []
+    if status.position:
+        fields.append(
+            (
+                "Position",
+                f"{status.position} of {max((item.queued for item in devices), default=0)}"
+                if devices
+                else str(status.position),
+            )
+        )
     fields.append(("Reason", status.reason or request.reason))
     if status.HasField("access"):
-        access = status.access
-        fields += [("Controller", access.controller), ("Epoch", str(access.epoch)), ("Path", access.path)]
+        for access in (status.access, *status.access.others):
+            fields += [("Controller", access.controller), ("Epoch", str(access.epoch)), ("Path", access.path)]
     elif request.epoch:
         fields.append(("Epoch", f"{request.epoch} when it was granted"))
     if not over:
         fields.append(("Access TTL", f"{status.access_ttl_seconds} s"))
-        fields.append(("Device is", f"{output.device_state(device)} {device.holder.controller}".strip()))
+        for device in devices:
+            stands = f"{output.device_state(device)} {device.holder.controller}".strip()
+            fields.append(("Device is" if len(devices) < 2 else f"{device.device.device} is", stands))
     own = [item for item in history if item.change.request == name]
     return [*_fields(fields), *_changes(own)]
 

@@ -150,4 +150,6 @@ def _environment(access: Access) -> dict[str, str]:
         "LEASEHOLD_CONTROLLER": access.controller,
         "LEASEHOLD_REQUEST": access.request,
         "LEASEHOLD_MODE": access.mode,
+        "LEASEHOLD_DEVICES": " ".join(access.paths),
+        "LEASEHOLD_PATHS": " ".join(access.paths.values()),
     }

@@ -15,10 +15,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from leasehold.client import access as asynchronous
 from leasehold.client import connection
+from leasehold.client.asking import Asking, Wanted
 from leasehold.client.changes import Change, Progress
 from leasehold.client.tls import Security
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
@@ -67,50 +68,22 @@ class Leasehold:
 
     def access(
         self,
-        device: str,
+        wanted: Wanted,
         *,
-        mode: str = "exclusive",
-        priority: int | None = None,
-        controller: str = "",
-        wait: float | None = None,
-        client: str = "",
         request: str = "",
         progress: Callable[[Progress], None] | None = None,
+        **asking: Unpack[Asking],
     ) -> "Access":
         """See `leasehold.client.Leasehold.access`. `progress` is called in the background thread."""
-        inner = self._inner.access(
-            device,
-            mode=mode,
-            priority=priority,
-            controller=controller,
-            wait=wait,
-            client=client,
-            request=request,
-            progress=progress,
-        )
-        return Access(self, inner)
+        return Access(self, self._inner.access(wanted, request=request, progress=progress, **asking))
 
     def submit(
-        self,
-        device: str,
-        *,
-        mode: str = "exclusive",
-        priority: int | None = None,
-        controller: str = "",
-        wait: float | None = None,
-        client: str = "",
-        request: str = "",
+        self, wanted: Wanted, *, request: str = "", **asking: Unpack[Asking]
     ) -> access_pb2.AccessStatus:
-        submitted = self._inner.submit(
-            device,
-            mode=mode,
-            priority=priority,
-            controller=controller,
-            wait=wait,
-            client=client,
-            request=request,
-        )
-        return self.wait(submitted)
+        return self.wait(self._inner.submit(wanted, request=request, **asking))
+
+    def give_way(self, request: str) -> access_pb2.AccessStatus:
+        return self.wait(self._inner.give_way(request))
 
     def renew(self, request: str) -> access_pb2.AccessStatus:
         return self.wait(self._inner.renew(request))
@@ -269,6 +242,14 @@ class Access:
     @property
     def request(self) -> str:
         return self._inner.request
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return self._inner.paths
+
+    def give_way(self) -> None:
+        """See `leasehold.client.Access.give_way`."""
+        self._owner.wait(self._inner.give_way())
 
     @property
     def lost(self) -> bool:

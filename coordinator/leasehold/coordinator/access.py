@@ -2,27 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from leasehold.coordinator.admission import Admission
+from leasehold.coordinator.asking import asked
 from leasehold.coordinator.cluster import Cluster, Subscription, notified
-from leasehold.coordinator.desk import Desk, asked
+from leasehold.coordinator.desk import Desk
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import CATCH_UP, Ledger
 from leasehold.coordinator.messages import access_status
 from leasehold.coordinator.paging import moment_of, page_size
 from leasehold.coordinator.peers import Peers
+from leasehold.coordinator.priorities import Priorities
 from leasehold.coordinator.reading import Reader
 from leasehold.coordinator.sessions import ClientSession
+from leasehold.coordinator.withdrawal import marked, withdraw
+from leasehold.runtime import caller
 from leasehold.runtime.api import ApiError, answering, streaming
 from leasehold.store import requests
 from leasehold.store.errors import LeaseNotFound
 from leasehold.store.leases import Lease
-from leasehold.store.records import AccessRequest, Holder, RequestId, RequestState, check_id
+from leasehold.store.records import ANY, AccessRequest, Holder, RequestId, RequestState, check_id
 from leasehold.store.transaction import Applied
 from leasehold.v1 import access_pb2, access_pb2_grpc
 
@@ -39,14 +43,22 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     """See `leasehold.v1.AccessService`."""
 
     def __init__(
-        self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, peers: Peers, admission: Admission
+        self,
+        cluster: Cluster,
+        ledger: Ledger,
+        leases: AccessLeases,
+        peers: Peers,
+        admission: Admission,
+        *,
+        priorities: Priorities,
     ) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._leases = leases
         self._peers = peers
         self._admission = admission
-        self._desk = Desk(cluster, ledger, leases, admission)
+        self._priorities = priorities
+        self._desk = Desk(cluster, ledger, leases, admission, priorities)
         self._reader = Reader(ledger.kv, cluster)
 
     async def RequestAccess(  # type: ignore[override]  # noqa: N802 - it writes and does not yield
@@ -54,17 +66,18 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     ) -> None:
         peer = context.peer()
         with self._admission.stream(peer):
-            await streaming(context, self._session(request, peer), self._admission.limits.stall_seconds)
+            who = caller.identity(context)
+            await streaming(context, self._session(request, peer, who), self._admission.limits.stall_seconds)
 
     async def _session(
-        self, request: access_pb2.RequestAccessRequest, peer: str
+        self, request: access_pb2.RequestAccessRequest, peer: str, who: str
     ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
-        wanted = asked(request.request_id, request.spec)
+        wanted = asked(request.request_id, request.spec, self._priorities, who)
         self._admission.check_stream(peer, stands=wanted.request in self._cluster.requests)
         async with self._desk.submitted(wanted) as stands:
             told = ClientSession(request.request_id, self._leases.ttl)
             if stands.value.state.over:
-                event = told.next(self._cluster.view(stands.value.device), stands)
+                event = told.next(self._cluster.request_view(stands))
                 if event is not None:
                     yield event
                 return
@@ -84,15 +97,22 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     async def _events(
         self, told: ClientSession, request: AccessRequest, lease: Lease
     ) -> AsyncGenerator[access_pb2.RequestAccessResponse, None]:
-        with self._cluster.subscribe(request.device) as subscription, notified(lease.lost, subscription):
+        devices = {*request.all_devices, *((ANY,) if request.selector else ())}
+        with ExitStack() as subscribed:
+            subscription = subscribed.enter_context(self._cluster.subscribe(*devices))
+            subscribed.enter_context(notified(lease.lost, subscription))
             due = asyncio.get_running_loop().time() + PROGRESS
             while True:
                 stored = self._cluster.requests.get(request.request)
+                for device in {*stored.value.all_devices} - devices if stored else ():
+                    # The one it was allotted, of those that would do.
+                    subscribed.enter_context(self._cluster.also(subscription, device))
+                    devices.add(device)
                 waits = stored is not None and stored.value.state is RequestState.PENDING
                 if waits and not lease.lost.is_set() and await _changed(subscription, due):
                     continue
                 due = asyncio.get_running_loop().time() + PROGRESS
-                event = told.next(self._cluster.view(request.device), stored)
+                event = told.next(self._cluster.request_view(stored) if stored is not None else None)
                 if event is not None:
                     yield event
                     if event.HasField("ended"):
@@ -103,17 +123,19 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
     async def SubmitAccess(self, request: access_pb2.SubmitAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.SubmitAccessResponse:
-            async with self._desk.submitted(asked(request.request_id, request.spec)) as stands:
+            wanted = asked(request.request_id, request.spec, self._priorities, caller.identity(context))
+            async with self._desk.submitted(wanted) as stands:
                 return access_pb2.SubmitAccessResponse(status=await self._status(stands.value.request))
 
         return await answering(context, handle)
 
     async def GetAccess(self, request: access_pb2.GetAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.GetAccessResponse:
-            stored, view = await self._reader.request(_id(request.request_id))
-            status = access_status(view, stored, self._leases.ttl)
-            if request.confirm and status.HasField("access") and view.state.holder:
-                await self._confirm(status, view.state.holder.value)
+            found = await self._reader.request(_id(request.request_id))
+            status = access_status(found, self._leases.ttl)
+            for view in found.devices:
+                if request.confirm and status.HasField("access") and view.state.holder:
+                    await self._confirm(status, view.state.holder.value)
             return access_pb2.GetAccessResponse(status=status)
 
         return await answering(context, handle)
@@ -128,7 +150,7 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                     request.device, ended=request.ended, after=after, most=most
                 )
             return access_pb2.ListAccessResponse(
-                statuses=[access_status(view, stored, self._leases.ttl) for stored, view in found],
+                statuses=[access_status(item, self._leases.ttl) for item in found],
                 next_page_token=str(following) if following else "",
             )
 
@@ -147,8 +169,8 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
             # The mirror has caught up with the release, and what is over does not change any more.
             over = self._cluster.requests.get(_id(request.request_id))
             if over is not None and over.value.state.over:
-                view = self._cluster.view(over.value.device)
-                return access_pb2.ReleaseAccessResponse(status=access_status(view, over, self._leases.ttl))
+                found = self._cluster.request_view(over)
+                return access_pb2.ReleaseAccessResponse(status=access_status(found, self._leases.ttl))
             return access_pb2.ReleaseAccessResponse(status=await self._status(_id(request.request_id)))
 
         return await answering(context, handle)
@@ -168,20 +190,13 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
 
     async def YieldAccess(self, request: access_pb2.YieldAccessRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> access_pb2.YieldAccessResponse:
-            stands = await self._desk.find(_id(request.request_id))
-            raise ApiError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "NOT_PREEMPTED",
-                f"request {request.request_id} is not about to be taken for another: release it",
-                request=request.request_id,
-                device=stands.value.device,
-            )
+            await self._yield(_id(request.request_id))
+            return access_pb2.YieldAccessResponse(status=await self._status(_id(request.request_id)))
 
         return await answering(context, handle)
 
     async def _status(self, request: RequestId) -> access_pb2.AccessStatus:
-        stored, view = await self._reader.request(request)
-        return access_status(view, stored, self._leases.ttl)
+        return access_status(await self._reader.request(request), self._leases.ttl)
 
     async def _confirm(self, status: access_pb2.AccessStatus, holder: Holder) -> None:
         """Take the access out of `status` if the controller that gave it does not answer any more."""
@@ -229,10 +244,29 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
             if stands.value.state is RequestState.PENDING:
                 made = requests.refuse(keys, stands, RequestState.CANCELLED, reason=reason)
             else:
-                state = self._cluster.state(stands.value.device)
-                made = requests.end(keys, state, stands, reason=reason, path_exposed=False)
+                states = [self._cluster.state(device) for device in stands.value.all_devices]
+                made = requests.end(keys, states, stands, reason=reason, path_exposed=False)
             if isinstance(await self._ledger.commit(made), Applied):
                 self._leases.give_back(stands.value.access_lease)
+                return
+        raise _contended(request)
+
+    async def _yield(self, request: RequestId) -> None:
+        for _ in range(ATTEMPTS):
+            stands = await self._desk.find(request)
+            await self._cluster.reached(stands.mod_revision, CATCH_UP)
+            granted = stands.value.state is RequestState.GRANTED
+            grant = marked(self._cluster, stands.value) if granted else None
+            if grant is None:
+                raise ApiError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "NOT_PREEMPTED",
+                    f"request {request} has nothing that is about to be taken for another: release it",
+                    request=request,
+                    device=stands.value.device,
+                )
+            made = withdraw(self._cluster, stands, grant, path_exposed=False)
+            if isinstance(await self._ledger.commit(made), Applied):
                 return
         raise _contended(request)
 

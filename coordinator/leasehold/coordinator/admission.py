@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.limits import RETURNING, Limits
 from leasehold.runtime.api import Exhausted
-from leasehold.store.records import DeviceId
+from leasehold.store.records import AccessRequest, DeviceId
 
 SOON = 0.1
 """Seconds; a rate makes room all the time."""
@@ -61,35 +61,54 @@ class Admission:
         self._lists = 0
         self._refused_lists = Leak(limits.rate, clock)
         self._arrived: Counter[DeviceId] = Counter()
+        self._asking: Counter[str] = Counter()
+        self._under_way = 0
         self._writing = asyncio.Semaphore(limits.admissions)
         self._streams: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def request(self, device: DeviceId) -> AsyncIterator[None]:
-        """Wait for its turn; a new request for `device` is being written while this is entered.
+    async def request(self, request: AccessRequest) -> AsyncIterator[None]:
+        """Wait for its turn; a new request is being written while this is entered.
 
         Raises `Exhausted`, and then at once.
         """
-        self._check_request(device)
+        self._check_request(request)
         self._taken.add()
-        self._arrived[device] += 1
+        self._under_way += 1
+        self._arrived.update(request.all_devices)
+        who = request.identity or request.client
+        self._asking[who] += 1
         try:
             async with self._writing:
                 yield
         finally:
-            self._arrived[device] -= 1
-            if not self._arrived[device]:
-                del self._arrived[device]
+            self._under_way -= 1
+            self._arrived -= Counter(request.all_devices)
+            self._asking -= Counter((who,))
 
-    def _check_request(self, device: DeviceId) -> None:
-        limits, arrived = self.limits, self._arrived.total()
+    def _check_request(self, request: AccessRequest) -> None:
+        limits, arrived = self.limits, self._under_way
         if len(self._cluster.clients) + arrived >= limits.requests:
             raise self._exhausted(
                 "TOO_MANY_REQUESTS", "requests that stand in the cluster", "requests", LATER
             )
-        if self._cluster.waiting(device) + self._arrived[device] >= limits.queue:
+        for device in request.all_devices:
+            if self._cluster.waiting(device) + self._arrived[device] >= limits.queue:
+                raise self._exhausted(
+                    "QUEUE_FULL", f"requests that wait for device {device}", "queue", LATER, device=device
+                )
+        who = request.identity or request.client
+        if self._cluster.waiting_of[who] + self._asking[who] >= limits.waiting_per_client:
             raise self._exhausted(
-                "QUEUE_FULL", f"requests that wait for device {device}", "queue", LATER, device=device
+                "CLIENT_WAITS", f"requests of client {who} that wait", "waiting_per_client", LATER, client=who
+            )
+        if self._cluster.granted_to[who] >= limits.granted_per_client:
+            raise self._exhausted(
+                "CLIENT_HAS",
+                f"requests of client {who} that are granted",
+                "granted_per_client",
+                LATER,
+                client=who,
             )
         if arrived >= limits.arrivals:
             raise self._exhausted("TOO_MANY_AT_ONCE", "new requests at one moment", "arrivals", SHORTLY)

@@ -6,12 +6,17 @@ What depends on it is level-triggered: it is told which device changed, and look
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
-from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.coordinator.count import Count
+from leasehold.coordinator.placement import unservable
+from leasehold.coordinator.pools import SHOWN, Pools, pool_reason
+from leasehold.coordinator.times import Times
+from leasehold.coordinator.view import DeviceView, RequestView, Waiting, turn_of
 from leasehold.store.clock import NANOSECONDS, boottime_ns
 from leasehold.store.codec import Stored, Unreadable, decode
 from leasehold.store.connection import Connection
@@ -19,6 +24,8 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue, Snapshot
 from leasehold.store.ownership import DeviceState, checked
 from leasehold.store.records import (
+    ANY,
+    AccessMode,
     AccessRequest,
     Availability,
     Client,
@@ -32,12 +39,12 @@ from leasehold.store.records import (
     Grant,
     Holder,
     InvalidId,
+    PreemptionPolicy,
     QueueEntry,
     RequestId,
     RequestState,
     check_id,
 )
-from leasehold.store.requests import turn
 from leasehold.store.watch import Batch, Gap, follow
 
 _log = logging.getLogger(__name__)
@@ -97,6 +104,8 @@ class Cluster:
         self.revision = 0
         self.loaded = asyncio.Event()
         self.on_change: Callable[[frozenset[DeviceId] | None], None] = lambda _: None
+        self.count = Count(clock)
+        self.times = Times(clock)
         self._subscriptions: dict[DeviceId, set[Subscription]] = {}
         self._awaited: dict[asyncio.Future[bool], int] = {}
         self._clear()
@@ -110,8 +119,21 @@ class Cluster:
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
-        self._arrived: dict[str, int] = {}
         self._views: dict[DeviceId, DeviceView] = {}
+        self._entries: dict[str, Stored[Any]] = {}
+        """The places of those that wait for any device of a selector."""
+        self._pools = Pools()
+        self._pooled = -1
+        """The version of the pools with which the views were made."""
+        self._with_others: dict[DeviceId, set[RequestId]] = {}
+        """The requests that wait for a device and for others as well."""
+        self._others_of: dict[RequestId, tuple[DeviceId, ...]] = {}
+        self._moved: set[RequestId] = set()
+        """Requests of the transaction that is taken over."""
+        self.waiting_of: Counter[str] = Counter()
+        """How many requests of a client wait, by who it is."""
+        self.granted_to: Counter[str] = Counter()
+        """How many of its requests have access."""
 
     # What it shows.
 
@@ -153,17 +175,16 @@ class Cluster:
         return tuple(f"{self.keys.prefix}{kind}/" for kind in (*_TOP, *_NESTED))
 
     def waiting(self, device: DeviceId) -> int:
-        """How many wait for a device."""
-        return len(self._nested["queue"].get(device, ()))
+        """How many wait for a device, or for any, if that is `NO_DEVICE`."""
+        return len(self._nested["queue"].get(device, ())) if device else len(self._pools)
+
+    @property
+    def pools(self) -> Pools:
+        return self._pools
 
     def waited(self, request: RequestId) -> float:
-        """Seconds for which it has been seen to wait here; 0 if it does not wait.
-
-        Every coordinator counts, by its own clock, so that what a request has waited is not forgotten when
-        another one comes to plan its device. It is never too much.
-        """
-        arrived = self._arrived.get(request)
-        return 0.0 if arrived is None else (self._clock() - arrived) / NANOSECONDS
+        """Seconds for which it has been seen to wait here; 0 if it does not wait. See `Times`."""
+        return self.times.waited(request)
 
     def state(self, device: DeviceId) -> DeviceState:
         """The control of a device, as the ownership transactions want it."""
@@ -187,22 +208,48 @@ class Cluster:
 
         Its revision may be earlier than that of the mirror: then nothing about the device has changed since.
         """
+        if self._pooled != self._pools.version:
+            for labelled in [name for name in self._views if self._pools.labelled(name)]:
+                del self._views[labelled]
+            self._pooled = self._pools.version
         if known := self._views.get(device):
             return known
+        view = replace(self._alone(device), queue=self._queue(device))
+        # Every stream of every client in the queue asks for the same one. What ends without a change is
+        # looked at anew, and of devices that there are not anybody can ask for any number.
+        if not view.resting and not view.settling and (view.state.spec or view.state.epochs):
+            self._views[device] = view
+        return view
+
+    def request_view(self, stored: Stored[AccessRequest]) -> RequestView:
+        """What is told about a request."""
+        devices = stored.value.all_devices
+        if devices or stored.value.state is not RequestState.PENDING:
+            return RequestView(stored, tuple(map(self.view, devices)))
+        names = [waiting.request.request for waiting in self._pools.beside(stored.value.request)]
+        place = names.index(stored.value.request) + 1 if stored.value.request in names else 0
+        found = sorted(self._pools.devices(stored.value.selector))
+        reason = pool_reason(stored.value, list(map(self.view, found[:SHOWN])), len(found))
+        return RequestView(stored, (), reason, place)
+
+    def _alone(self, device: DeviceId) -> DeviceView:
+        """The view of a device without those that wait for it."""
         availability = self._nested["availability"].get(device, {})
-        view = DeviceView(
-            self.state(device),
-            queue=tuple(self._queue(device)),
+        state = self.state(device)
+        spec = state.spec.value if state.spec else None
+        settling = 0.0
+        if spec is not None and (spec.min_hold_seconds or spec.cool_down_seconds):
+            settling = self.times.settling(device, spec.min_hold_seconds, spec.cool_down_seconds)
+        users = (self.requests.get(grant.value.request) for grant in state.grants)
+        return DeviceView(
+            state,
             controllers=self._registered,
             availability={ControllerId(name): stored.value for name, stored in availability.items()},
             held=self._held,
             resting=self._resting(device),
+            settling=settling,
+            users={user.value.request: user.value for user in users if user is not None},
         )
-        # Every stream of every client in the queue asks for the same one. Rest ends without a change, and of
-        # devices that there are not anybody can ask for any number.
-        if not view.resting and (view.state.spec or view.state.epochs):
-            self._views[device] = view
-        return view
 
     def _resting(self, device: DeviceId) -> dict[ControllerId, float]:
         if device not in self._rested:
@@ -212,15 +259,27 @@ class Cluster:
             name: (until - now) / NANOSECONDS for name, until in self._rested[device].items() if until > now
         }
 
-    def _queue(self, device: DeviceId) -> Iterator[Waiting]:
+    def _queue(self, device: DeviceId) -> tuple[Waiting, ...]:
         entries = cast("dict[str, Stored[QueueEntry]]", self._nested["queue"].get(device, {}))
-        ordered = sorted(entries.values(), key=turn)
-        for entry in ordered:
-            stored = self.requests.get(entry.value.request)
-            if stored is None or stored.value.device != device:
-                continue
-            if stored.value.state is RequestState.PENDING:
-                yield Waiting(stored.value, stored, self.clients.get(entry.value.request))
+        own = [waiting for entry in entries.values() if (waiting := self._waiting_in(device, entry))]
+        return tuple(sorted((*own, *self._pools.queue(device)), key=turn_of))
+
+    def _waiting_in(self, device: DeviceId, entry: Stored[QueueEntry]) -> Waiting | None:
+        stored = self.requests.get(entry.value.request)
+        if stored is None or stored.value.state is not RequestState.PENDING:
+            return None
+        request = stored.value
+        if device not in request.all_devices:
+            return None
+        client = self.clients.get(request.request)
+        return Waiting(request, stored, client, self._hindered(device, request))
+
+    def _hindered(self, device: DeviceId, request: AccessRequest) -> str:
+        """Why a request that waits for `device` can not be served now because of another that it wants."""
+        for other in request.devices:
+            if other != device and (why := unservable(self._alone(other), request)):
+                return f"it wants {other} as well, and {why}"
+        return ""
 
     # How it changes.
 
@@ -244,10 +303,15 @@ class Cluster:
     def apply(self, batch: Batch) -> frozenset[DeviceId] | None:
         """Take over one transaction. The devices it concerns, None for all."""
         touched = {self._apply(event.key, event.kv) for event in batch.events}
+        touched |= self._settle_requests()
         self.revision = batch.revision
         if ALL in touched:
             self._views.clear()
             return None
+        for device in tuple(touched):
+            for request in self._with_others.get(device, ()):
+                stored = self.requests.get(request)
+                touched.update(stored.value.devices if stored else ())
         for device in touched:
             self._views.pop(device, None)
         return frozenset(touched - {NOTHING})
@@ -257,12 +321,14 @@ class Cluster:
 
         How long ago a failure was that was not seen happen nobody knows: who failed is tried again.
         """
-        rested, arrived = self._rested, self._arrived
+        rested = self._rested
         self._clear()
+        self.times = Times(self._clock, self.times)
         for item in snapshot.items:
             self._apply(item.key, item)
+        self._settle_requests()
+        self.times.loaded()
         self._rested = {device: known for device, known in rested.items() if device in self._rested}
-        self._arrived = {name: arrived.get(name, now) for name, now in self._arrived.items()}
         self.revision = snapshot.revision
 
     def _apply(self, key: str, kv: KeyValue | None) -> DeviceId:
@@ -271,16 +337,16 @@ class Cluster:
         if kind not in _TOP and kind not in _NESTED:
             return NOTHING
         parts = rest.split("/")
+        if kind == "queue" and parts[0] == ANY and len(parts) == 2 and _is_id(parts[1]):
+            return self._apply_pooled(RequestId(parts[1]), key, kv)
         if len(parts) != (1 if kind in _TOP else 2) or not all(map(_is_id, parts)):
             return self._apply_stray(kind, parts[0], key, kv)
         if kind in _TOP:
             return self._apply_top(kind, rest, key, kv)
         device = DeviceId(parts[0])
         stored = self._put(self._nested[kind][device], kind, parts[1], key, kv)
-        if kind == "queue" and stored is None:
-            self._arrived.pop(parts[1], None)
-        elif kind == "queue":
-            self._arrived.setdefault(parts[1], self._clock())
+        if kind == "grants":
+            self._time_grant(device, RequestId(parts[1]), stored)
         if kind == "availability":
             self._let_rest(device, ControllerId(parts[1]), stored)
         return device
@@ -314,8 +380,14 @@ class Cluster:
         before = records.get(name)
         after = self._put(records, kind, name, key, kv)
         if kind == "holders":
-            self._count(before, -1)
-            self._count(after, +1)
+            self._count_held(before, -1)
+            self._count_held(after, +1)
+            if after:
+                self.times.served(DeviceId(name), after.value.controller)
+            else:
+                self.times.vacated(DeviceId(name))
+        if kind == "devices":
+            self._pools.label(DeviceId(name), after)
         if kind == "controllers":
             self._registered.pop(ControllerId(name), None)
             if after:
@@ -323,12 +395,84 @@ class Cluster:
         if kind in ("controllers", "coordinators"):
             return ALL
         if kind == "requests":
-            known = after or before
-            return known.value.device if known else NOTHING
+            self._count_request(before, -1)
+            self._count_request(after, +1)
+            self._moved.add(RequestId(name))
+            # Where it was; where it is now is settled when all of the transaction has been taken over.
+            return before.value.device if before else NOTHING
         if kind == "clients":
-            request = self.requests.get(RequestId(name))
-            return request.value.device if request else NOTHING
+            self._moved.add(RequestId(name))
+            return NOTHING
         return DeviceId(name)
+
+    def _apply_pooled(self, request: RequestId, key: str, kv: KeyValue | None) -> DeviceId:
+        self._put(self._entries, "queue", request, key, kv)
+        self._moved.add(request)
+        return NOTHING
+
+    def _settle_requests(self) -> set[DeviceId]:
+        """Do what follows from the requests that a transaction changed. The devices that it concerns."""
+        moved, self._moved = self._moved, set()
+        return {device for request in moved for device in self._settle(request)}
+
+    def _settle(self, name: RequestId) -> Iterable[DeviceId]:
+        for device in self._others_of.pop(name, ()):
+            self._with_others[device].discard(name)
+            if not self._with_others[device]:
+                del self._with_others[device]
+        stored, entry = self.requests.get(name), self._entries.get(name)
+        state = stored.value.state if stored else None
+        if state is RequestState.PENDING:
+            self.times.waits(name)
+        elif state is RequestState.GRANTED:
+            self.times.has(name)
+        else:
+            self.times.over(name)
+        pooled = self._pools.leave(name)
+        if stored is None:
+            return ()
+        request = stored.value
+        self.count.seen(request.arrived)
+        if state is RequestState.PENDING and entry is not None and not request.all_devices:
+            self._pools.enter(Waiting(request, stored, self.clients.get(name)))
+            return (ANY, *self._could_serve(request))
+        if state is RequestState.PENDING and request.devices:
+            self._others_of[name] = request.devices
+            for device in request.devices:
+                self._with_others.setdefault(device, set()).add(name)
+        return (*request.all_devices, ANY) if pooled else request.all_devices
+
+    def _could_serve(self, request: AccessRequest) -> Iterator[DeviceId]:
+        """The devices of its selector at which a request might be served at once. All others see it when
+        something about them changes."""
+        grants = self._nested["grants"]
+        for device in self._pools.devices(request.selector):
+            spec = self.devices.get(device)
+            taken = spec is not None and spec.value.preemption is not PreemptionPolicy.NEVER
+            if not grants.get(device) or taken or request.mode is not AccessMode.EXCLUSIVE:
+                yield device
+
+    def _time_grant(self, device: DeviceId, request: RequestId, grant: Stored[Grant] | None) -> None:
+        if self._nested["grants"][device]:
+            self.times.used(device)
+        else:
+            self.times.unused(device)
+        if grant is not None and grant.value.preempted_by:
+            self.times.is_to_stop(request)
+        else:
+            self.times.may_stay(request)
+
+    def _count_request(self, request: Stored[AccessRequest] | None, by: int) -> None:
+        if request is None:
+            return
+        counter = {RequestState.PENDING: self.waiting_of, RequestState.GRANTED: self.granted_to}.get(
+            request.value.state
+        )
+        if counter is not None:
+            who = request.value.identity or request.value.client
+            counter[who] += by
+            if not counter[who]:
+                del counter[who]
 
     def _put(
         self, records: dict[str, Stored[Any]], kind: str, name: str, key: str, kv: KeyValue | None
@@ -348,7 +492,7 @@ class Cluster:
         records[name] = stored
         return stored
 
-    def _count(self, holder: Stored[Holder] | None, by: int) -> None:
+    def _count_held(self, holder: Stored[Holder] | None, by: int) -> None:
         if holder is not None:
             name = holder.value.controller
             self._held[name] = self._held.get(name, 0) + by
@@ -379,12 +523,23 @@ class Cluster:
             del self._awaited[waiting]
 
     @contextmanager
-    def subscribe(self, device: DeviceId) -> Iterator[Subscription]:
-        """Be notified of changes that concern `device`, controllers and coordinators included."""
+    def subscribe(self, *devices: DeviceId) -> Iterator[Subscription]:
+        """Be notified of changes that concern any of `devices`, controllers and coordinators included.
+
+        `ANY` stands for what waits for no device in particular.
+        """
         subscription = Subscription()
+        with ExitStack() as subscribed:
+            for device in devices:
+                subscribed.enter_context(self.also(subscription, device))
+            yield subscription
+
+    @contextmanager
+    def also(self, subscription: Subscription, device: DeviceId) -> Iterator[None]:
+        """Have `subscription` notified of changes that concern `device` as well."""
         self._subscriptions.setdefault(device, set()).add(subscription)
         try:
-            yield subscription
+            yield
         finally:
             rest = self._subscriptions[device]
             rest.discard(subscription)

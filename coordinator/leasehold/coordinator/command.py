@@ -107,7 +107,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         server = ApiServer(config.listen, SERVICES, tls=config.tls, bounds=config.limits.bounds)
         add = server.server
         access_pb2_grpc.add_AccessServiceServicer_to_server(
-            AccessService(cluster, ledger, leases, peers, admission), add
+            AccessService(cluster, ledger, leases, peers, admission, priorities=config.priorities), add
         )
         devices_pb2_grpc.add_DeviceServiceServicer_to_server(
             DeviceService(cluster, ledger, checker, admission), add

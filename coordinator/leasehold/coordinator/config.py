@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from leasehold.coordinator.limits import Limits
+from leasehold.coordinator.priorities import Priorities
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening
 from leasehold.runtime.tls import TlsSettings
@@ -30,6 +31,7 @@ class CoordinatorConfig:
     log_level: str = "INFO"
     etcd: EtcdSettings = field(default_factory=EtcdSettings)
     limits: Limits = field(default_factory=Limits)
+    priorities: Priorities = field(default_factory=Priorities)
 
     def __post_init__(self) -> None:
         check_id("coordinator", self.name)

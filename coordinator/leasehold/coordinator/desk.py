@@ -13,76 +13,44 @@ from dataclasses import replace
 import grpc
 
 from leasehold.coordinator.admission import Admission
+from leasehold.coordinator.asking import the_same
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.placement import can_ever_serve
 from leasehold.coordinator.planner import Assign, Direct, Give, plan
+from leasehold.coordinator.priorities import Priorities
 from leasehold.coordinator.reading import no_request
-from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.runtime.api import ApiError, require
+from leasehold.coordinator.view import DeviceView, Waiting, turn_of
+from leasehold.runtime.api import ApiError
+from leasehold.runtime.roster import rendezvous
 from leasehold.store import requests
 from leasehold.store.codec import Stored, decode
 from leasehold.store.errors import OutcomeUnknown
 from leasehold.store.kv import KeyValue, get
 from leasehold.store.ownership import NotPossible
-from leasehold.store.records import (
-    DEFAULT_PRIORITY,
-    AccessMode,
-    AccessRequest,
-    ControllerId,
-    Device,
-    DeviceId,
-    RequestId,
-    RequestState,
-    check_id,
-    lease_id,
-)
+from leasehold.store.records import AccessRequest, Device, DeviceId, RequestId, lease_id
 from leasehold.store.transaction import Applied, Transaction
-from leasehold.v1 import access_pb2, records_pb2
 
 _log = logging.getLogger(__name__)
 
-LONGEST_CLIENT = 253
-"""Characters of a client's name: that of a host fits."""
-LONGEST_WAIT = 30 * 24 * 3600
 AT_ONCE = 2
 """Attempts to decide a request as it arrives."""
-
-
-def asked(request_id: str, spec: access_pb2.AccessSpec) -> AccessRequest:
-    """What a client asks for, checked. Raises `InvalidId` and `ApiError`."""
-    check_id("request_id", request_id)
-    check_id("device", spec.device)
-    if spec.controller:
-        check_id("controller", spec.controller)
-    require(len(spec.client) <= LONGEST_CLIENT and spec.client.isprintable(), "client", "a printable name")
-    require(spec.mode in records_pb2.AccessMode.values(), "mode", "EXCLUSIVE, SHARED or READ_ONLY")
-    priority = spec.priority if spec.HasField("priority") else DEFAULT_PRIORITY
-    require(0 <= priority <= 100, "priority", "from 0 to 100")
-    require(0 <= spec.wait_seconds <= LONGEST_WAIT, "wait_seconds", f"from 0 to {LONGEST_WAIT}")
-    return AccessRequest(
-        request=RequestId(request_id),
-        client=spec.client,
-        device=DeviceId(spec.device),
-        mode=_mode(spec.mode),
-        priority=priority,
-        controller=ControllerId(spec.controller),
-        wait_seconds=spec.wait_seconds,
-        state=RequestState.PENDING,
-    )
-
-
-def _mode(number: "records_pb2.AccessMode.ValueType") -> AccessMode:
-    name = records_pb2.AccessMode.Name(number).removeprefix("ACCESS_MODE_")
-    return AccessMode.EXCLUSIVE if name == "UNSPECIFIED" else AccessMode(name)
 
 
 class Desk:
     """See the module."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, leases: AccessLeases, admission: Admission) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        ledger: Ledger,
+        leases: AccessLeases,
+        admission: Admission,
+        priorities: Priorities,
+    ) -> None:
         self._cluster = cluster
+        self._priorities = priorities
         self._ledger = ledger
         self._leases = leases
         self._admission = admission
@@ -96,20 +64,30 @@ class Desk:
         `StoreError`; with the reason OUTCOME_UNKNOWN it may stand all the same.
         """
         if stands := self._cluster.requests.get(request.request):
-            yield _the_same(request, stands)
+            yield the_same(request, stands)
             return
         with ExitStack() as kept:
-            async with self._admission.request(request.device):
+            async with self._admission.request(request):
                 lease = await self._leases.take()
                 kept.callback(self._leases.leave, lease)
-                stands = await self._submit(replace(request, access_lease=lease_id(lease.id)))
+                arrived = self._cluster.count.now
+                stands = await self._submit(
+                    replace(
+                        request,
+                        access_lease=lease_id(lease.id),
+                        arrived=arrived,
+                        due=self._priorities.due(arrived, request.priority),
+                    )
+                )
             yield stands
 
     async def _submit(self, request: AccessRequest) -> Stored[AccessRequest]:
         keys = self._ledger.keys
-        reads = (get(keys.request(request.request)), get(keys.device(request.device)))
+        devices = request.all_devices
+        reads = (get(keys.request(request.request)), *(get(keys.device(device)) for device in devices))
         for attempt in range(AT_ONCE + 1):
-            await self._check_device(request)
+            for device in devices:
+                await self._check_device(request, device)
             transaction = self._at_once(request) if attempt < AT_ONCE else None
             try:
                 outcome = await self._ledger.commit(transaction or requests.submit(keys, request), reads)
@@ -118,9 +96,10 @@ class Desk:
             if isinstance(outcome, Applied):
                 return await self._standing(request)
             if outcome.ranges and outcome.ranges[0]:
-                return _the_same(request, decode(AccessRequest, outcome.ranges[0][0]))
-            if outcome.ranges and not outcome.ranges[1]:
-                raise no_device(request.device)
+                return the_same(request, decode(AccessRequest, outcome.ranges[0][0]))
+            for device, found in zip(devices, outcome.ranges[1:], strict=False):
+                if not found:
+                    raise no_device(device)
         raise ApiError(
             grpc.StatusCode.UNAVAILABLE,
             "CONTENDED",
@@ -132,31 +111,51 @@ class Desk:
 
     def _at_once(self, request: AccessRequest) -> Transaction | None:
         """The transaction that submits and decides, if the decision is about this very request."""
-        view = with_newcomer(self._cluster.view(request.device), request)
-        decision = plan(view)
-        mine = isinstance(decision, Assign | Direct | Give) and _is(decision.waiting, request)
+        chosen = self._chosen(request)
+        if chosen is None:
+            return None
+        view, decision = chosen
         try:
-            return self._ledger.transaction(view, decision) if mine else None
+            return self._ledger.transaction(view, decision)
         except NotPossible as error:
             _log.info("request %s joins the queue: %s", request.request, error)
             return None
 
-    async def _check_device(self, request: AccessRequest) -> None:
-        spec = self._cluster.devices.get(request.device)
+    def _chosen(self, request: AccessRequest) -> tuple[DeviceView, Assign | Direct | Give] | None:
+        """The decision about a device that serves this very request. Of any number of devices, the one that
+        has the least to be done."""
+        best: tuple[DeviceView, Assign | Direct | Give] | None = None
+        if request.devices:
+            # Each has to be brought to where it can be given first.
+            return None
+        pool = rendezvous(request.request, self._cluster.pools.devices(request.selector))
+        for name in (request.device,) if request.device else pool:
+            view = with_newcomer(self._cluster.view(DeviceId(name)), request)
+            decision = plan(view)
+            if not isinstance(decision, Assign | Direct | Give) or not _is(decision.waiting, request):
+                continue
+            if isinstance(decision, Give):
+                return view, decision
+            if best is None or (isinstance(decision, Assign) and isinstance(best[1], Direct)):
+                best = view, decision
+        return best
+
+    async def _check_device(self, request: AccessRequest, device: DeviceId) -> None:
+        spec = self._cluster.devices.get(device)
         if spec is None:
-            found = await self._ledger.kv.get(self._ledger.keys.device(request.device))
+            found = await self._ledger.kv.get(self._ledger.keys.device(device))
             if found is None:
-                raise no_device(request.device)
+                raise no_device(device)
             decode(Device, found)
             return
-        view = self._cluster.view(request.device)
+        view = self._cluster.view(device)
         if request.controller and not can_ever_serve(view, request.controller):
             raise ApiError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "CONTROLLER_NOT_ELIGIBLE",
-                f"controller {request.controller} is not among those of device {request.device}: "
+                f"controller {request.controller} is not among those of device {device}: "
                 f"{', '.join(spec.value.controllers)}",
-                device=request.device,
+                device=device,
                 controller=request.controller,
             )
 
@@ -193,30 +192,9 @@ def no_device(device: DeviceId) -> ApiError:
 
 
 def with_newcomer(view: DeviceView, request: AccessRequest) -> DeviceView:
-    """`view` as if the request stood in the queue: behind all of its priority and above."""
-    ahead = [waiting for waiting in view.queue if waiting.request.priority >= request.priority]
-    behind = view.queue[len(ahead) :]
-    return replace(view, queue=(*ahead, Waiting(request), *behind))
+    """`view` as if the request stood in the queue."""
+    return replace(view, queue=tuple(sorted((*view.queue, Waiting(request)), key=turn_of)))
 
 
 def _is(waiting: Waiting | None, request: AccessRequest) -> bool:
     return waiting is not None and waiting.request.request == request.request
-
-
-def _the_same(request: AccessRequest, stands: Stored[AccessRequest]) -> Stored[AccessRequest]:
-    """What stands under the id, if it is what is asked for. Raises `ApiError` if it is another request."""
-    there = stands.value
-    differ = [
-        name
-        for name in ("device", "client", "mode", "priority", "controller", "wait_seconds")
-        if getattr(there, name) != getattr(request, name)
-    ]
-    if differ:
-        raise ApiError(
-            grpc.StatusCode.ALREADY_EXISTS,
-            "REQUEST_EXISTS",
-            f"request {request.request} stands already and differs in {', '.join(differ)}: choose another id",
-            request=request.request,
-            device=there.device,
-        )
-    return stands

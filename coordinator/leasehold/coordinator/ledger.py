@@ -5,13 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leasehold.coordinator.cluster import Cluster
-from leasehold.coordinator.planner import Assign, Decision, Direct, Give, Reject, Wait
+from leasehold.coordinator.planner import (
+    Assign,
+    Decision,
+    Direct,
+    Give,
+    Preempt,
+    PutBack,
+    Ready,
+    Reject,
+    Spare,
+    Wait,
+)
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store import ownership, requests
 from leasehold.store.keys import Keys
 from leasehold.store.kv import Get, Kv, Operation
 from leasehold.store.ownership import Answering, Author
-from leasehold.store.records import RequestState
+from leasehold.store.records import AccessRequest, RequestState
 from leasehold.store.requests import QueueSeen, decided_for
 from leasehold.store.transaction import Applied, Refused, Transaction, commit
 
@@ -65,33 +76,65 @@ class Ledger:
 
         For one that has just arrived, its submission is part of it.
         """
-        queue = QueueSeen(view.device, view.state.revision)
+        queue = _seen(view)
         match decision:
-            case Wait():
+            case Wait() | Ready():
                 return None
             case Assign(reason, target, waiting):
                 if waiting is None:
                     return ownership.assign(self.author, view.state, target, reason=reason)
-                answering = _answering(waiting)
+                answering = _answering(waiting, view)
                 made = ownership.assign(self.author, view.state, target, reason=reason, answering=answering)
                 return self._for(made, queue, waiting, answering)
             case Direct(reason, target, waiting):
-                answering = _answering(waiting)
+                answering = _answering(waiting, view)
                 made = ownership.direct(self.author, view.state, target, reason=reason, answering=answering)
                 return self._for(made, queue, waiting, answering)
             case Give(reason, waiting):
                 return self._give(view, queue, waiting, reason)
+            case Preempt(_, waiting, grace):
+                return self._preempt(view, waiting, grace)
+            case Spare():
+                return requests.spare(view.state)
+            case PutBack(_, waiting):
+                return None if waiting.stored is None else requests.put_back(self.keys, waiting.stored)
             case Reject(reason, waiting):
                 if waiting.stored is None:
                     return None
                 return requests.refuse(self.keys, waiting.stored, RequestState.REJECTED, reason=reason)
 
+    def together(self, views: Sequence[DeviceView], waiting: Waiting, reason: str) -> Transaction | None:
+        """The transaction that grants a request all its devices, `views`, at each of which it is its turn."""
+        if waiting.stored is None or waiting.client is None:
+            return None
+        first, *rest = views
+        return requests.grant(
+            self.keys,
+            first.state,
+            _seen(first),
+            waiting.stored,
+            waiting.client,
+            reason=reason,
+            others=[(view.state, _seen(view)) for view in rest],
+        )
+
     def _give(self, view: DeviceView, queue: QueueSeen, waiting: Waiting, reason: str) -> Transaction | None:
         if waiting.stored is None:
-            return requests.submit_granted(self.keys, view.state, queue, waiting.request, reason=reason)
+            return requests.submit_granted(
+                self.keys, view.state, queue, _allotted(waiting, view), reason=reason
+            )
         if waiting.client is None:
             return None
         return requests.grant(self.keys, view.state, queue, waiting.stored, waiting.client, reason=reason)
+
+    def _preempt(self, view: DeviceView, waiting: Waiting, grace: int) -> Transaction | None:
+        if waiting.stored is None:
+            return None
+        made = requests.preempt(view.state, waiting.stored, grace_seconds=grace)
+        if waiting.request.device:
+            return made
+        # It is not to be told at another device as well to stop for this request.
+        return requests.allot(self.keys, made, waiting.stored, _allotted(waiting, view))
 
     def _for(
         self, made: Transaction, queue: QueueSeen, waiting: Waiting, answering: Answering
@@ -99,10 +142,25 @@ class Ledger:
         if waiting.stored is None:
             # Its outcome is found by the change in the history, which only this transaction writes.
             made = made.with_(requests.submit(self.keys, answering.request))
+        elif not waiting.request.device:
+            made = requests.allot(self.keys, made, waiting.stored, answering.request)
         return decided_for(self.keys, made, queue, waiting.stored)
 
 
-def _answering(waiting: Waiting) -> Answering:
+def _seen(view: DeviceView) -> QueueSeen:
+    spec = view.state.spec
+    return QueueSeen(view.device, view.state.revision, pooled=bool(spec and spec.value.labels))
+
+
+def _allotted(waiting: Waiting, view: DeviceView) -> AccessRequest:
+    """The request as one for this device, if any of a selector would do."""
+    request = waiting.request
+    return request if request.device else requests.allotted(request, view.device)
+
+
+def _answering(waiting: Waiting, view: DeviceView) -> Answering:
     if waiting.stored is None:
-        return Answering(requests.pending(waiting.request))
+        return Answering(requests.pending(_allotted(waiting, view)))
+    if not waiting.request.device:
+        return Answering(_allotted(waiting, view), waiting.stored.kv.value)
     return Answering(waiting.request, waiting.stored.kv.value, waiting.stored.mod_revision)

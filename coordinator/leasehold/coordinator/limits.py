@@ -26,6 +26,11 @@ class Limits:
     """Requests that wait or are granted, in the whole cluster."""
     queue: int = 256
     """Requests that wait for one device. Each of them looks again when something about it changes."""
+    waiting_per_client: int = 2_000
+    """Of those that wait, requests of one client: of one certificate, or of one name where there are none.
+    This keeps clients from each other's way that mean well; a name is what a client says it is."""
+    granted_per_client: int = 2_000
+    """Requests of one client that are granted: with so many it can not ask for more."""
     arrivals: int = 128
     """New requests that are under way at one moment in this coordinator."""
     admissions: int = 16

@@ -9,7 +9,11 @@ What one look at a device may do, in this order:
 
     a client is gone       -> its request is cancelled, or its access ended with the path marked as exposed
     a request waited long  -> EXPIRED
-    the planner decides    -> assign, direct, grant, reject, or nothing
+    a client had it long   -> its access is ended, or taken for another of higher priority
+    the planner decides    -> assign, direct, grant, preempt, reject, or nothing
+
+What waits for any device of a selector has a home as a device has, under the name `ANY`: there it is only
+seen that its client is there, and how long it waits.
 
 A request that can not be planned is rejected with the reason, and the queue moves on.
 """
@@ -19,14 +23,16 @@ import logging
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.planner import Decision, Reject, Wait, plan
+from leasehold.coordinator.planner import Decision, Preempt, Ready, Reject, Spare, Wait, plan
 from leasehold.coordinator.view import DeviceView, Waiting
+from leasehold.coordinator.withdrawal import withdraw
 from leasehold.runtime.roster import rendezvous
 from leasehold.store import requests
+from leasehold.store.codec import Stored
 from leasehold.store.errors import StoreError
 from leasehold.store.ownership import NotPossible
-from leasehold.store.records import CoordinatorId, DeviceId, RequestId, RequestState
-from leasehold.store.transaction import Applied, Refused
+from leasehold.store.records import ANY, AccessRequest, CoordinatorId, DeviceId, RequestState
+from leasehold.store.transaction import Applied, Refused, Transaction
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +59,8 @@ class Loop:
         self._wake = asyncio.Event()
         self._homes: tuple[CoordinatorId, ...] = ()
         self._home_of: dict[DeviceId, bool] = {}
-        self._timed: dict[DeviceId, dict[RequestId, float]] = {}
-        """When, on the loop's clock, the timer of each waiting request with a limit runs off."""
+        self._timed: dict[DeviceId, dict[str, float]] = {}
+        """When, on the loop's clock, a device is looked at again, and what for."""
         self._alarmed: dict[DeviceId, str] = {}
 
     def look(self, devices: frozenset[DeviceId] | None) -> None:
@@ -63,7 +69,7 @@ class Loop:
         if coordinators != self._homes:
             self._homes = coordinators
             self._home_of.clear()
-        self._dirty |= self._cluster.known_devices if devices is None else devices
+        self._dirty |= {*self._cluster.known_devices, ANY} if devices is None else devices
         self._wake.set()
 
     async def run(self) -> None:
@@ -91,6 +97,8 @@ class Loop:
 
     def _has_work(self, device: DeviceId) -> bool:
         """Whether a look could do anything; most changes of a held device need nothing."""
+        if device == ANY:
+            return len(self._cluster.pools) > 0
         view = self._cluster.view(device)
         self._note(view)
         if not view.queue:
@@ -113,20 +121,23 @@ class Loop:
                 self._wake.set()
 
     async def _sync(self, device: DeviceId) -> None:
-        if await self._depart(device):
+        if await self._depart(device) or await self._expire(device):
             self._again(device)
+            return
+        if device == ANY:
             return
         view = self._cluster.view(device)
-        if late := self._expired(view):
-            await self._refuse(late, RequestState.EXPIRED, _overdue(view, late))
+        if await self._withdraw(view):
             self._again(device)
             return
-        if view.resting:
-            # Rest ends without a change.
-            self._later(device, min(view.resting.values()))
+        # What ends without a change.
+        for name, seconds in view.resting.items():
+            self._remind(device, f"rest {name}", seconds)
+        if view.settling:
+            self._remind(device, "settling", view.settling)
         decision = plan(view)
         try:
-            transaction = self._ledger.transaction(view, decision)
+            transaction = self._transaction(view, decision)
         except NotPossible:
             raise
         except Exception as error:
@@ -144,9 +155,20 @@ class Loop:
             _log.info("device %s: refused (%s): %s", device, type(decision).__name__, decision.reason)
             self._later(device, RETRY)
             return
-        level = logging.WARNING if isinstance(decision, Reject) else logging.INFO
+        level = logging.WARNING if isinstance(decision, Reject | Preempt) else logging.INFO
         _log.log(level, "device %s: %s: %s", device, type(decision).__name__, decision.reason)
         self._again(device)
+
+    def _transaction(self, view: DeviceView, decision: Decision) -> Transaction | None:
+        if not isinstance(decision, Ready):
+            return self._ledger.transaction(view, decision)
+        # Whichever of its devices comes last finds all others ready.
+        views = [self._cluster.view(device) for device in decision.waiting.request.devices]
+        for other in views:
+            there = plan(other)
+            if not isinstance(there, Ready) or there.waiting.request != decision.waiting.request:
+                return None
+        return self._ledger.together(views, decision.waiting, decision.reason)
 
     def _note(self, view: DeviceView) -> None:
         """An alarm for what an operator has to look at, once for each thing that is wrong."""
@@ -158,55 +180,117 @@ class Loop:
         else:
             self._alarmed.pop(view.device, None)
 
+    def _waiting(self, device: DeviceId) -> list[Waiting]:
+        """Those that wait here and nowhere else before."""
+        if device == ANY:
+            return list(self._cluster.pools)
+        return [
+            waiting
+            for waiting in self._cluster.view(device).queue
+            if waiting.request.all_devices[:1] == (device,)
+        ]
+
     async def _depart(self, device: DeviceId) -> bool:
         """End what belongs to clients that are gone. Whether there was anything."""
-        view = self._cluster.view(device)
-        left = [waiting for waiting in view.queue if waiting.client is None]
+        left = [waiting for waiting in self._waiting(device) if waiting.client is None]
         # Each is a transaction about another request: they do not get into each other's way.
         await asyncio.gather(
             *(self._refuse(waiting, RequestState.CANCELLED, "its client is gone") for waiting in left)
         )
         ended = bool(left)
-        for grant in view.state.grants:
-            request = self._cluster.requests.get(grant.value.request)
-            gone = grant.value.request not in self._cluster.clients
-            if request is None or not gone or request.value.state is not RequestState.GRANTED:
+        for request in self._users(device):
+            if request.value.request in self._cluster.clients:
                 continue
-            outcome = await self._ledger.commit(
-                requests.end(
-                    self._ledger.keys,
-                    self._cluster.state(device),
-                    request,
-                    reason="its client is gone and did not release it",
-                    path_exposed=True,
-                )
-            )
-            if isinstance(outcome, Applied):
-                _log.warning(
-                    "device %s: access %s of %s ended: its client is gone",
-                    device,
-                    request.value.request,
-                    request.value.client,
-                )
+            await self._end(request, "its client is gone and did not release it")
             ended = True
         return ended
 
-    def _expired(self, view: DeviceView) -> Waiting | None:
-        """The first request that waits longer than it was willing to; the others are given a timer."""
-        now = asyncio.get_running_loop().time()
-        limited = {waiting.request.request: waiting for waiting in view.queue if waiting.request.wait_seconds}
-        before = self._timed.get(view.device, {})
-        # A timer may run off a little early, and then is set again.
-        timed = {request: due for request, due in before.items() if request in limited and due > now + EARLY}
-        self._timed[view.device] = timed
-        for request, waiting in limited.items():
-            left = waiting.request.wait_seconds - self._cluster.waited(request)
+    def _users(self, device: DeviceId) -> list[Stored[AccessRequest]]:
+        """The requests that have access to a device, as far as they are known."""
+        if device == ANY:
+            return []
+        grants = self._cluster.view(device).state.grants
+        found = (self._cluster.requests.get(grant.value.request) for grant in grants)
+        return [
+            request
+            for request in found
+            if request is not None and request.value.state is RequestState.GRANTED
+        ]
+
+    async def _end(self, request: Stored[AccessRequest], reason: str) -> None:
+        """End an access whose client did not say that it has stopped."""
+        states = [self._cluster.state(device) for device in request.value.all_devices]
+        made = requests.end(self._ledger.keys, states, request, reason=reason, path_exposed=True)
+        if isinstance(await self._ledger.commit(made), Applied):
+            _log.warning(
+                "device %s: access %s of %s ended: %s",
+                request.value.device,
+                request.value.request,
+                request.value.client,
+                reason,
+            )
+
+    async def _withdraw(self, view: DeviceView) -> bool:
+        """Take access from those whose time is over. Whether there was anybody."""
+        times, device, withdrawn = self._cluster.times, view.device, False
+        for request in self._users(device):
+            name, limit = request.value.request, request.value.hold_seconds
+            left = limit - times.had(name)
+            if limit and left <= 0:
+                await self._end(request, f"it had its {limit} s")
+                withdrawn = True
+                continue
+            if limit:
+                self._remind(device, f"hold {name}", left)
+            grant = next(grant.value for grant in view.state.grants if grant.value.request == name)
+            if not grant.preempted_by or not grant.grace_seconds:
+                continue
+            left = grant.grace_seconds - times.stopping(name)
+            if left > 0:
+                self._remind(device, f"stop {name}", left)
+                continue
+            made = withdraw(self._cluster, request, grant, path_exposed=True)
+            if isinstance(await self._ledger.commit(made), Applied):
+                _log.warning(
+                    "device %s: access %s was taken for request %s", device, name, grant.preempted_by
+                )
+            withdrawn = True
+        return withdrawn
+
+    async def _expire(self, device: DeviceId) -> bool:
+        """End the first request that waits longer than it was willing to. Whether there is one."""
+        late = self._expired(device)
+        if late is None:
+            return False
+        await self._refuse(late, RequestState.EXPIRED, self._overdue(late))
+        return True
+
+    def _expired(self, device: DeviceId) -> Waiting | None:
+        """The first request that waits longer than it was willing to; of the others it is reminded."""
+        for waiting in self._waiting(device):
+            request = waiting.request
+            if not request.wait_seconds:
+                continue
+            left = request.wait_seconds - self._cluster.waited(request.request)
             if left <= 0:
                 return waiting
-            if request not in timed:
-                timed[request] = now + left
-                self._later(view.device, left)
+            self._remind(device, request.request, left)
         return None
+
+    def _overdue(self, late: Waiting) -> str:
+        """That a request waited too long, for what, and who failed to serve it lately."""
+        what = [f"it waited longer than {late.request.wait_seconds} s"]
+        if late.stored is not None and not late.request.all_devices:
+            what.append(self._cluster.request_view(late.stored).pool)
+        for device in late.request.all_devices:
+            view = self._cluster.view(device)
+            decision = plan(view)
+            if isinstance(decision, Wait):
+                what.append(decision.reason)
+            for controller, failure in view.availability.items():
+                if failure.reason not in what[-1]:
+                    what.append(f"{controller} failed lately: {failure.reason}")
+        return ": ".join([what[0], "; ".join(what[1:])]) if what[1:] else what[0]
 
     async def _refuse(self, waiting: Waiting, outcome: RequestState, reason: str) -> None:
         if waiting.stored is not None:
@@ -220,18 +304,18 @@ class Loop:
     def _later(self, device: DeviceId, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, self._again, device)
 
-
-def _overdue(view: DeviceView, late: Waiting) -> str:
-    """That a request waited too long, for what, and who failed to serve it lately."""
-    what = [f"it waited longer than {late.request.wait_seconds} s"]
-    decision = plan(view)
-    if isinstance(decision, Wait):
-        what.append(decision.reason)
-    for controller, failure in view.availability.items():
-        if failure.reason not in what[-1]:
-            what.append(f"{controller} failed lately: {failure.reason}")
-    return ": ".join([what[0], "; ".join(what[1:])]) if what[1:] else what[0]
+    def _remind(self, device: DeviceId, what: str, seconds: float) -> None:
+        """Look at a device again after so many seconds, unless that is under way."""
+        now = asyncio.get_running_loop().time()
+        known = self._timed.setdefault(device, {})
+        # A timer may run off a little early, and then is set again.
+        for name in [name for name, due in known.items() if due <= now + EARLY]:
+            del known[name]
+        due = known.get(what)
+        if due is None or due > now + seconds + EARLY:
+            known[what] = now + seconds
+            self._later(device, seconds)
 
 
 def _about(decision: Decision) -> Waiting | None:
-    return None if isinstance(decision, Wait) else decision.waiting
+    return None if isinstance(decision, Wait | Spare) else decision.waiting

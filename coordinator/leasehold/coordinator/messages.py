@@ -5,9 +5,9 @@ from typing import cast
 
 from leasehold.coordinator.paths import NoPath, client_path
 from leasehold.coordinator.placement import place
-from leasehold.coordinator.planner import plan
-from leasehold.coordinator.view import DeviceView
-from leasehold.store.codec import Stored, to_message
+from leasehold.coordinator.planner import Ready, plan
+from leasehold.coordinator.view import DeviceView, RequestView
+from leasehold.store.codec import to_message
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import AccessRequest, Grant, HolderState, RequestId, RequestState
 from leasehold.v1 import access_pb2, devices_pb2, records_pb2
@@ -43,37 +43,68 @@ def standing_access(view: DeviceView, request: RequestId) -> access_pb2.Access |
     )
 
 
+def granted_access(found: RequestView) -> access_pb2.Access | None:
+    """The access of a granted request, to all its devices; None if one of them is not to be had now."""
+    accesses = [standing_access(view, found.request.request) for view in found.devices]
+    if not accesses or not all(accesses):
+        return None
+    first, *others = [access for access in accesses if access is not None]
+    first.others.extend(others)
+    return first
+
+
 def grant_of(state: DeviceState, request: RequestId) -> Grant | None:
     return next((grant.value for grant in state.grants if grant.value.request == request), None)
 
 
-def access_status(
-    view: DeviceView, stored: Stored[AccessRequest], access_ttl: int
-) -> access_pb2.AccessStatus:
-    """A request as it stands in `view`."""
-    request = stored.value
+def access_status(found: RequestView, access_ttl: int) -> access_pb2.AccessStatus:
+    """A request as it stands."""
+    request = found.request
     access = None
     reason = request.reason
     if request.state is RequestState.GRANTED:
-        access = standing_access(view, request.request)
+        access = granted_access(found)
     if request.state is RequestState.PENDING or (request.state is RequestState.GRANTED and access is None):
-        reason = waiting_reason(view, request)
+        reason = waiting_reason(found)
     return access_pb2.AccessStatus(
         request=request_message(request),
         access=access,
-        position=view.position(request.request),
+        position=position(found),
         reason=reason,
         access_ttl_seconds=access_ttl,
     )
 
 
-def waiting_reason(view: DeviceView, request: AccessRequest) -> str:
+def position(found: RequestView) -> int:
+    """The place of a request in its queue, from 1; of several, where it is furthest from its turn. 0 if it
+    does not wait."""
+    name = found.request.request
+    return max((view.position(name) for view in found.devices), default=found.position)
+
+
+def waiting_reason(found: RequestView) -> str:
     """What a request waits for, in a sentence."""
-    ahead = view.position(request.request) - 1
-    reason = standing_reason(view)
-    if ahead > 0:
-        return f"{ahead} before it; {reason}"
-    return reason
+    if not found.devices:
+        ahead, reason = found.position - 1, found.pool
+    else:
+        view = _last_to_come(found)
+        ahead, reason = view.position(found.request.request) - 1, standing_reason(view)
+        if len(found.devices) > 1:
+            reason = f"{view.device}: {reason}"
+    return f"{ahead} before it; {reason}" if ahead > 0 else reason
+
+
+def _last_to_come(found: RequestView) -> DeviceView:
+    """Of several devices, the one for which the request waits most."""
+    name = found.request.request
+    granted = found.request.state is RequestState.GRANTED
+
+    def wait(view: DeviceView) -> tuple[bool, int]:
+        if granted:
+            return standing_access(view, name) is None, 0
+        return not isinstance(plan(view), Ready), view.position(name)
+
+    return max(found.devices, key=wait) if len(found.devices) > 1 else found.devices[0]
 
 
 def standing_reason(view: DeviceView) -> str:

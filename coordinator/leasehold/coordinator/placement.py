@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.roster import rendezvous
-from leasehold.store.records import Controller, ControllerId
+from leasehold.store.records import AccessRequest, Controller, ControllerId
 
 NO_FENCE = "none"
 """What a controller says of a driver whose devices it never takes over because their holder fell silent."""
@@ -81,8 +81,10 @@ def hindrance(view: DeviceView, name: ControllerId) -> str:
     return f"failed {times}, at last: {lately.reason}; it is tried again in a while"
 
 
-def place(view: DeviceView) -> Placement:
-    """Fewest recent failures first, then the spec's order, then fewest devices held, then rendezvous."""
+def place(view: DeviceView, request: AccessRequest | None = None) -> Placement:
+    """Fewest recent failures first; then whom `request` prefers, then who runs on its host; then the spec's
+    order, then fewest devices held, then rendezvous.
+    """
     spec = view.state.spec
     wanted = spec.value.controllers if spec else ()
     names = wanted or tuple(sorted(view.controllers))
@@ -90,9 +92,34 @@ def place(view: DeviceView) -> Placement:
     fit = [name for name in names if name not in refused]
     drawn = {name: rank for rank, name in enumerate(rendezvous(view.device, fit))}
 
-    def rank(name: ControllerId) -> tuple[int, int, int, int]:
+    def rank(name: ControllerId) -> tuple[int, bool, bool, int, int, int]:
         lately = view.availability.get(name)
-        preference = wanted.index(name) if wanted else 0
-        return lately.failures if lately else 0, preference, view.held.get(name, 0), drawn[name]
+        return (
+            lately.failures if lately else 0,
+            request is not None and bool(request.preferred) and name != request.preferred,
+            request is not None and bool(request.host) and view.controllers[name].host != request.host,
+            wanted.index(name) if wanted else 0,
+            view.held.get(name, 0),
+            drawn[name],
+        )
 
     return Placement(tuple(view.controllers[name] for name in sorted(fit, key=rank)), refused)
+
+
+def unservable(view: DeviceView, request: AccessRequest) -> str:
+    """Why nobody could serve the device to `request` now, whoever else waits; empty if somebody could."""
+    state = view.state
+    holder = state.holder.value if state.holder else None
+    if state.unreadable:
+        return f"that is busy until an operator has looked: {state.unreadable}"
+    if state.spec is None:
+        return "that has no spec"
+    if wanted := request.controller:
+        why = hindrance(view, wanted)
+        return f"{wanted} is wanted, but {why}" if why else ""
+    if holder is None and state.unreleased:
+        return f"epoch {state.epoch} of that is not proved to be over"
+    if holder is not None and not refusal(view, holder.controller):
+        return ""
+    placement = place(view)
+    return "" if placement.best else f"nobody can serve that: {placement.why()}"

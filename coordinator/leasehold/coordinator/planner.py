@@ -11,21 +11,46 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
 5. Its holder's session is gone: wait. What it published may be dead, and the controllers take it over.
 6. In use: the first request in the queue joins if its mode lets it, and if it will do where the device is.
    If not, everybody waits behind it, however well they would go with those who have access: or readers that
-   come and go would keep a writer out for ever.
+   come and go would keep a writer out for ever. Where the device's policy says so, those of lower priority
+   are told to stop for it.
 7. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
    by a transfer. If an earlier client may still know a path that writes, or the hold is of the other kind
    (reading only, or reading and writing), even the same controller begins a new epoch.
 
-A request whose controller is not available now does not hold up those behind it. A controller that could not
-activate the device rests for a while, or one that never can would burn an epoch a try, as fast as it fails.
+A request is passed over as long as its controller is not available, as long as the device is to stay where it
+is for a while, or as long as another device that it wants as well can not be served; what is done for those
+behind it says so. A controller that could not activate the device rests for a while, or one that never can
+would burn an epoch a try, as fast as it fails.
+
+A request for several devices has each of them brought to where it can be given, in its turn there, and is
+granted all in one transaction when it is its turn at all of them. Turns are the same in all queues, so of two
+that want the same devices one is first at each, and gets them.
+
+A request for any device of a selector is in the queues of all of them, and whoever sets a device in motion
+for it allots it that device. If nothing comes of that, it is put back.
 """
 
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from leasehold.coordinator.placement import can_ever_serve, fence_unavailable, hindrance, place, refusal
+from leasehold.coordinator.placement import (
+    Placement,
+    can_ever_serve,
+    fence_unavailable,
+    hindrance,
+    place,
+    refusal,
+)
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState, UnreleasedEpoch
+from leasehold.store.records import (
+    AccessMode,
+    Controller,
+    ControllerId,
+    Holder,
+    HolderState,
+    PreemptionPolicy,
+    UnreleasedEpoch,
+)
 from leasehold.store.requests import MOST_TOGETHER, why_anew
 
 NAMED = 3
@@ -66,6 +91,38 @@ class Give:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """The request could be granted here, and is as soon as that is so at all the devices that it wants."""
+
+    reason: str
+    waiting: Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Tell those that have the device to stop for the request, within `grace` seconds, 0 for no limit."""
+
+    reason: str
+    waiting: Waiting
+    grace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """Those that were told to stop need not."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """The request was allotted this device and will not get it now: any other will do as well."""
+
+    reason: str
+    waiting: Waiting
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
     """The request can never be served."""
 
@@ -73,7 +130,7 @@ class Reject:
     waiting: Waiting
 
 
-Decision: TypeAlias = Wait | Assign | Direct | Give | Reject
+Decision: TypeAlias = Wait | Assign | Direct | Give | Ready | Preempt | Spare | PutBack | Reject
 
 
 def plan(view: DeviceView) -> Decision:
@@ -101,16 +158,36 @@ def _culprit(view: DeviceView) -> Waiting | None:
 
 def decide(view: DeviceView) -> Decision:
     """The next step for this device."""
+    decision = _next_step(view)
+    if isinstance(decision, Wait):
+        for waiting in view.queue:
+            if waiting.allotted and waiting.stored is not None and not _is_coming(view, waiting):
+                return PutBack(decision.reason, waiting)
+    return decision
+
+
+def _is_coming(view: DeviceView, waiting: Waiting) -> bool:
+    """Whether the device is on its way to this request."""
+    name = waiting.request.request
+    holder = view.state.holder
+    moving = holder is not None and holder.value.state is not HolderState.ACTIVE
+    if moving and holder is not None and holder.value.request == name:
+        return True
+    return any(grant.value.preempted_by == name for grant in view.state.grants)
+
+
+def _next_step(view: DeviceView) -> Decision:
     state = view.state
     if state.unreadable:
         return Wait(f"it is busy until an operator has looked: {state.unreadable}")
     if state.spec is None:
-        if view.queue:
-            return Reject("the device's spec was deleted", view.queue[0])
+        for waiting in view.queue:
+            if not waiting.request.selector:
+                return Reject("the device's spec was deleted", waiting)
         return Wait("the device has no spec")
     for waiting in view.queue:
         wanted = waiting.request.controller
-        if wanted and not can_ever_serve(view, wanted):
+        if wanted and not waiting.request.selector and not can_ever_serve(view, wanted):
             return Reject(f"{wanted} is not among the device's controllers", waiting)
     if state.holder is not None:
         return _held(view, state.holder.value)
@@ -145,13 +222,53 @@ def _free(view: DeviceView) -> Decision:
         return Assign(f"{placement.best.controller} is to serve its clients again", placement.best)
     if not view.queue:
         return Wait("nobody asks for it")
+    passed = _Passed()
     for waiting in view.queue:
-        wanted = waiting.request.controller
-        if not wanted and placement.best is not None:
-            return Assign(f"it is free, and {placement.best.controller} serves best", placement.best, waiting)
-        if wanted and not hindrance(view, wanted):
-            return Assign(f"it is free, and {wanted} is wanted", view.controllers[wanted], waiting)
-    return Wait(_nobody_eligible(view))
+        if waiting.hindered:
+            passed.over(waiting, waiting.hindered)
+            continue
+        target = _target(view, waiting, placement)
+        if isinstance(target, str):
+            passed.over(waiting, target)
+            continue
+        why = "is wanted" if waiting.request.controller else "serves best"
+        return Assign(f"it is free, and {target.controller} {why}{passed}", target, waiting)
+    return Wait(passed.first)
+
+
+class _Passed:
+    """The requests that a decision passes over, and why: for its reason."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Waiting, str]] = []
+
+    def over(self, waiting: Waiting, why: str) -> None:
+        self._found.append((waiting, why))
+
+    @property
+    def first(self) -> str:
+        """Why the first of them is not served."""
+        return self._found[0][1]
+
+    def __str__(self) -> str:
+        named = [f"{waiting.request.request} ({why})" for waiting, why in self._found[:NAMED]]
+        more = len(self._found) - NAMED
+        named += [f"{more} more"] if more > 0 else []
+        return f"; passing over {', '.join(named)}" if named else ""
+
+
+def _target(view: DeviceView, waiting: Waiting, placement: Placement) -> Controller | str:
+    """Who is to serve a request if the device has to go somewhere, or why nobody can."""
+    request = waiting.request
+    if wanted := request.controller:
+        if why := hindrance(view, wanted):
+            return f"{wanted} is wanted, but {why}"
+        return view.controllers[wanted]
+    if placement.best is None:
+        return f"nobody can serve it: {placement.why()}"
+    if not request.preferred and not request.host:
+        return placement.best
+    return place(view, request).best or placement.best
 
 
 def _held(view: DeviceView, holder: Holder) -> Decision:
@@ -169,48 +286,111 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
         return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
         return _used(view, holder)
-    unfit = refusal(view, holder.controller)
-    serving = not unfit
-    # Nobody else is looked for where the holder will do: most decisions are of that kind.
-    best = None if serving else place(view).best
-    for waiting in view.queue:
-        wanted = waiting.request.controller or (holder.controller if serving else ControllerId(""))
-        if wanted == holder.controller and serving:
-            if not (anew := why_anew(holder, waiting.request.mode)):
-                return Give(f"{holder.controller} serves it already", waiting)
-            reason = f"{holder.controller} begins a new epoch: {anew}"
-            return Direct(reason, view.controllers[holder.controller], waiting)
-        if wanted and not hindrance(view, wanted):
-            return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
-        if not wanted and best is not None:
-            return Direct(f"{holder.controller} {unfit}", best, waiting)
+    return _unused(view, holder)
+
+
+def _unused(view: DeviceView, holder: Holder) -> Decision:
     if not view.queue:
-        return Wait(f"{where} serves it, and nobody asks for it")
-    return Wait(_nobody_eligible(view))
+        return Wait(f"{holder.controller} in epoch {holder.epoch} serves it, and nobody asks for it")
+    unfit = refusal(view, holder.controller)
+    # Nobody else is looked for where the holder will do: most decisions are of that kind.
+    placement: Placement | None = None
+    passed = _Passed()
+    for waiting in view.queue:
+        request = waiting.request
+        if waiting.hindered:
+            passed.over(waiting, waiting.hindered)
+        elif not unfit and request.controller in ("", holder.controller):
+            if anew := why_anew(holder, request.mode):
+                reason = f"{holder.controller} begins a new epoch: {anew}{passed}"
+                return Direct(reason, view.controllers[holder.controller], waiting)
+            return _give(f"{holder.controller} serves it already{passed}", waiting)
+        else:
+            placement = placement or place(view)
+            target = _target(view, waiting, placement)
+            if isinstance(target, str):
+                passed.over(waiting, target)
+            elif view.settling and not unfit:
+                passed.over(waiting, f"{target.controller} is wanted, but {_settling(holder)}")
+            else:
+                why = (
+                    f"{target.controller} is wanted" if request.controller else f"{holder.controller} {unfit}"
+                )
+                return Direct(f"{why}{passed}", target, waiting)
+    return Wait(passed.first)
+
+
+def _give(reason: str, waiting: Waiting) -> Give | Ready:
+    return Ready(reason, waiting) if waiting.request.devices else Give(reason, waiting)
+
+
+def _settling(holder: Holder) -> str:
+    return f"it stays with {holder.controller} for a while, so that it is not moved to and fro"
 
 
 def _used(view: DeviceView, holder: Holder) -> Decision:
     use = _use(view, holder)
+    grants = view.state.grants
+    if by := next((grant.value.preempted_by for grant in grants if grant.value.preempted_by), ""):
+        return _withdrawing(view, use, by)
     # A controller that is to give up its devices finds no end if more and more clients join.
     unfit = refusal(view, holder.controller)
-    grants = view.state.grants
+    passed = _Passed()
     for waiting in view.queue:
         request = waiting.request
         here = request.controller in ("", holder.controller)
+        if waiting.hindered:
+            passed.over(waiting, waiting.hindered)
+            continue
         if here and not unfit and all(grant.value.mode.beside(request.mode) for grant in grants):
             if len(grants) < MOST_TOGETHER:
-                return Give(
-                    f"{holder.controller} serves it already, to {_many(grants[0].value.mode)}", waiting
-                )
+                others = _many(grants[0].value.mode)
+                return _give(f"{holder.controller} serves it already, to {others}{passed}", waiting)
             return Wait(f"{use}; no more than {MOST_TOGETHER} may have it at the same time")
+        if not here and (why := hindrance(view, request.controller)):
+            passed.over(waiting, f"{request.controller} is wanted, but {why}")
+            continue
+        if not here and view.settling:
+            passed.over(waiting, f"{request.controller} is wanted, but {_settling(holder)}")
+            continue
+        if preemption := _preemption(view, waiting, use):
+            return preemption
         if grants[0].value.mode is AccessMode.EXCLUSIVE:
             return Wait(use)
-        if here or not hindrance(view, request.controller):
-            what = f"{_named(request.mode)} request {request.request}"
-            what += "" if here else f", which wants {request.controller},"
-            why = f" ({holder.controller} {unfit})" if unfit else ""
-            return Wait(f"{use}; {what} waits until all of them are gone{why}")
+        what = f"{_named(request.mode)} request {request.request}"
+        what += "" if here else f", which wants {request.controller},"
+        why = f" ({holder.controller} {unfit})" if unfit else ""
+        return Wait(f"{use}; {what} waits until all of them are gone{why}")
     return Wait(use)
+
+
+def _withdrawing(view: DeviceView, use: str, by: str) -> Decision:
+    """Somebody has the device and is to stop for `by`."""
+    if not any(waiting.request.request == by for waiting in view.queue):
+        return Spare(f"request {by} does not wait for it any more")
+    grace = view.state.grants[0].value.grace_seconds
+    limit = f"within {grace} s" if grace else "at a safe point"
+    return Wait(f"{use}; they are to stop {limit} for request {by}, which has a higher priority")
+
+
+def _preemption(view: DeviceView, waiting: Waiting, use: str) -> Preempt | None:
+    """That those who have the device are to stop for `waiting`, if the device's policy and priorities say so.
+
+    By the priorities that were asked for, not by turns: having waited long gives nobody the right to throw
+    others out.
+    """
+    spec = view.state.spec
+    request = waiting.request
+    if spec is None or spec.value.preemption is PreemptionPolicy.NEVER or request.devices:
+        return None
+    users = [view.users.get(grant.value.request) for grant in view.state.grants]
+    if not all(user is not None and user.priority < request.priority for user in users):
+        return None
+    if waiting.stored is None:
+        # It stands nowhere yet; it is seen in the queue in a moment.
+        return None
+    reason = f"{use}, and is taken for request {request.request} of priority {request.priority}"
+    return Preempt(reason, waiting, spec.value.grace)
 
 
 def _use(view: DeviceView, holder: Holder) -> str:
@@ -238,10 +418,3 @@ def _named(mode: AccessMode) -> str:
         AccessMode.SHARED: "shared",
         AccessMode.READ_ONLY: "read-only",
     }[mode]
-
-
-def _nobody_eligible(view: DeviceView) -> str:
-    wanted = view.queue[0].request.controller
-    if wanted:
-        return f"{wanted} is wanted, but {hindrance(view, wanted)}"
-    return f"nobody can serve it: {place(view).why()}"

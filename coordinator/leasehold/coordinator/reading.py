@@ -7,6 +7,7 @@ about them look at besides.
 import heapq
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TypeVar
@@ -14,13 +15,12 @@ from typing import TypeVar
 import grpc
 
 from leasehold.coordinator.cluster import Cluster
-from leasehold.coordinator.view import DeviceView
+from leasehold.coordinator.view import DeviceView, RequestView
 from leasehold.runtime.api import ApiError
 from leasehold.store.codec import Stored, Unreadable, decode
 from leasehold.store.kv import MAX_OPERATIONS, Get, KeyValue, Kv, get, get_prefix
 from leasehold.store.ownership import device_reads, device_state
 from leasehold.store.records import AccessRequest, DeviceId, InvalidId, QueueEntry, RequestId, check_id
-from leasehold.store.requests import turn
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ AT_ONCE = 5
 """Devices with so many requests that are read in one transaction. etcd takes no more."""
 READS = 5
 """Ranges that one device takes."""
+ATTEMPTS = 3
+"""How often a request is read because the devices that it wants were not those that were read with it."""
 
 
 class Reader:
@@ -41,20 +43,31 @@ class Reader:
         self._kv = kv
         self._cluster = cluster
 
-    async def request(self, request: RequestId) -> tuple[Stored[AccessRequest], DeviceView]:
-        """A request and its device at one revision. Raises `ApiError` if there is none."""
+    async def request(self, request: RequestId) -> RequestView:
+        """A request and its devices at one revision. Raises `ApiError` if there is none."""
         known = self._cluster.requests.get(request)
-        device = known.value.device if known else await self._device_of(request)
-        found = await self._together([(device, (request,))])
-        if not found:
-            raise no_request(request)
-        return found[0]
+        devices = known.value.all_devices if known else ()
+        for _ in range(ATTEMPTS):
+            reads = (
+                get(self._cluster.keys.request(request)),
+                *chain.from_iterable(map(self._reads, devices)),
+            )
+            revision, (found, *ranges) = await self._kv.read(*reads)
+            if not found:
+                raise no_request(request)
+            stored = decode(AccessRequest, found[0])
+            if stored.value.all_devices == devices:
+                pairs = zip(devices, _batches(ranges, READS), strict=True)
+                views = tuple(self._view(*pair, revision) for pair in pairs)
+                return replace(self._cluster.request_view(stored), devices=views)
+            devices = stored.value.all_devices
+        return self._cluster.request_view(stored)
 
     async def requests(
         self, device: str, *, ended: bool, after: int, most: int
-    ) -> tuple[list[tuple[Stored[AccessRequest], DeviceView]], int]:
+    ) -> tuple[list[RequestView], int]:
         """At most `most` requests that arrived after the revision `after`, in the order of their arrival,
-        each with its device as in `request`; and the `after` of the next, 0 if there are no more. Those for
+        each with its devices as in `request`; and the `after` of the next, 0 if there are no more. Those for
         one device, or for any if that is empty; `ended` ones too.
         """
         late = await self._later_than_mirrored()
@@ -63,22 +76,25 @@ class Reader:
             stored
             for stored in chain(mirrored, late.values())
             if stored.create_revision > after
-            and device in ("", stored.value.device)
+            and (not device or device in stored.value.all_devices)
             and (ended or not stored.value.state.over)
         )
         found = heapq.nsmallest(most + 1, wanted, key=lambda stored: stored.create_revision)
         chosen = found[:most]
         asked: dict[DeviceId, list[RequestId]] = {}
+        read = []
         for stored in chosen:
-            asked.setdefault(stored.value.device, []).append(stored.value.request)
+            if len(stored.value.all_devices) == 1:
+                asked.setdefault(stored.value.device, []).append(stored.value.request)
+                continue
+            with suppress(ApiError):
+                # Gone meanwhile.
+                read.append(await self.request(stored.value.request))
         groups = [(name, some) for name, names in asked.items() for some in _batches(names, TOGETHER)]
-        read = [
-            (stored, view)
-            for batch in _batches(groups, AT_ONCE)
-            for stored, view in await self._together(batch)
-            if ended or not stored.value.state.over
-        ]
-        read.sort(key=lambda item: item[0].create_revision)
+        for batch in _batches(groups, AT_ONCE):
+            read += [RequestView(stored, (view,)) for stored, view in await self._together(batch)]
+        read = [found for found in read if ended or not found.request.state.over]
+        read.sort(key=lambda found: found.stored.create_revision)
         return read, chosen[-1].create_revision if len(found) > most else 0
 
     async def device(self, device: DeviceId) -> DeviceView:
@@ -161,18 +177,16 @@ class Reader:
         state = device_state(device, revision, ranges)
         mirrored = self._cluster.view(device)
         try:
-            queued = sorted((decode(QueueEntry, item) for item in ranges[-1]), key=turn)
+            queued = {decode(QueueEntry, item).value.request for item in ranges[-1]}
         except Unreadable as error:
             return replace(mirrored, state=replace(state, unreadable=str(error)), queue=())
-        known = {waiting.request.request: waiting for waiting in mirrored.queue}
-        queue = tuple(known[entry.value.request] for entry in queued if entry.value.request in known)
+        # Those that wait for any device stand elsewhere, and are as the mirror has them.
+        queue = tuple(
+            waiting
+            for waiting in mirrored.queue
+            if waiting.request.request in queued or not waiting.request.device
+        )
         return replace(mirrored, state=state, queue=queue)
-
-    async def _device_of(self, request: RequestId) -> DeviceId:
-        found = await self._kv.get(self._cluster.keys.request(request))
-        if found is None:
-            raise no_request(request)
-        return decode(AccessRequest, found).value.device
 
 
 def no_request(request: RequestId) -> ApiError:

@@ -16,6 +16,7 @@ from leasehold.store.records import (
     DeviceId,
     RequestId,
 )
+from leasehold.store.requests import LAST, Turn, turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,24 @@ class Waiting:
     """A request in the queue of a device.
 
     `stored` is None for one that has only just arrived and stands nowhere yet; `client` is None when the
-    client is gone.
+    client is gone. `hindered` says why it can not be served now because of another device that it wants as
+    well; empty if that is no reason.
     """
 
     request: AccessRequest
     stored: Stored[AccessRequest] | None = None
     client: Stored[Client] | None = None
+    hindered: str = ""
+
+    @property
+    def allotted(self) -> bool:
+        """It would have any device of a selector, and was given this one to wait for."""
+        return bool(self.request.selector and self.request.device)
+
+
+def turn_of(waiting: Waiting) -> Turn:
+    """By what those that wait are sorted. One that has only just arrived is behind all that are due then."""
+    return turn(waiting.request, waiting.stored.create_revision if waiting.stored else LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,11 @@ class DeviceView:
     """How many devices each controller holds."""
     resting: Mapping[ControllerId, float] = field(default_factory=dict)
     """Seconds for which a controller that could not activate the device is not tried again."""
+    settling: float = 0.0
+    """Seconds for which it stays where it is, whoever asks, by its `min_hold_seconds` and
+    `cool_down_seconds`."""
+    users: Mapping[RequestId, AccessRequest] = field(default_factory=dict)
+    """The requests that have access, as far as they are known."""
 
     @property
     def device(self) -> DeviceId:
@@ -54,3 +72,20 @@ class DeviceView:
             if waiting.request.request == request:
                 return place
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request and the devices that it wants; none as long as any of a selector will do.
+
+    `pool` says then what it waits for, and `position` is its place among those that wait for any device.
+    """
+
+    stored: Stored[AccessRequest]
+    devices: tuple[DeviceView, ...]
+    pool: str = ""
+    position: int = 0
+
+    @property
+    def request(self) -> AccessRequest:
+        return self.stored.value

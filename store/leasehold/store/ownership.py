@@ -436,13 +436,15 @@ class Serving:
 
         None if there is none, if its client has left, or if it was made for another kind of hold or can not
         stand beside the grants: after a takeover the record still names the request of an earlier epoch. It
-        is left in the queue, then.
+        is left in the queue, then. So is one that wants more devices than this one, or another by now.
         """
         if self.request is None or not self.attended:
             return None
         request = self.request.value
-        fits = request.mode.read_only == holder.read_only and all(
-            grant.value.mode.beside(request.mode) for grant in self.grants
+        fits = (
+            request.mode.read_only == holder.read_only
+            and request.all_devices == (holder.device,)
+            and all(grant.value.mode.beside(request.mode) for grant in self.grants)
         )
         return request if fits and request.state is RequestState.PENDING else None
 

@@ -1,8 +1,14 @@
 """The transactions by which an access request lives: one beginning, exactly one outcome, one end.
 
     (absent) --submit--> PENDING --grant, or publish by the holder--> GRANTED --end--> ENDED
-        |                   `--refuse--> REJECTED | CANCELLED | EXPIRED
+        |                 |   ^                                        |  |  ^
+        |                 |   `---------------requeue------------------'  `--' preempt, spare
+        |                 |--allot, put_back: to one device of a selector, and to none
+        |                 `--refuse--> REJECTED | CANCELLED | EXPIRED
         `--submit_granted--> GRANTED
+
+A request stands in the queue of each device that it wants. If any of a selector will do, it stands in a queue
+of its own kind, `queue/_any/`, until it is allotted a device.
 
 A decision for a device compares its queue as it was seen (nothing newer may have arrived), the request it is
 about, the grants, and the holder. So two coordinators that decide at once cannot both succeed.
@@ -15,6 +21,7 @@ about, the grants, and the holder. So two coordinators that decide at once canno
     READ_ONLY          READ_ONLY                only reads
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from leasehold.store.codec import Stored, encode
@@ -22,6 +29,9 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import Compare, Operation, absent, delete, empty, none_newer, present, put, unchanged
 from leasehold.store.ownership import DeviceState, NotPossible
 from leasehold.store.records import (
+    ANY,
+    NO_DEVICE,
+    NO_REQUEST,
     AccessMode,
     AccessRequest,
     Client,
@@ -31,6 +41,7 @@ from leasehold.store.records import (
     Holder,
     HolderState,
     QueueEntry,
+    RequestId,
     RequestState,
     lease_number,
 )
@@ -48,9 +59,12 @@ class QueueSeen:
 
     device: DeviceId
     revision: int
+    pooled: bool = False
+    """The device has labels, so that requests for any that has them are in its queue as well."""
 
-    def compare(self, keys: Keys) -> Compare:
-        return none_newer(keys.queue(self.device), self.revision)
+    def compares(self, keys: Keys) -> tuple[Compare, ...]:
+        own = none_newer(keys.queue(self.device), self.revision)
+        return (own, none_newer(keys.pool_queue, self.revision)) if self.pooled else (own,)
 
 
 def pending(request: AccessRequest) -> AccessRequest:
@@ -58,26 +72,44 @@ def pending(request: AccessRequest) -> AccessRequest:
     return replace(request, state=RequestState.PENDING, change=new_change_id(), created_at=timestamp())
 
 
-def turn(entry: Stored[QueueEntry]) -> tuple[int, int]:
-    """By what the queue of a device is sorted: priority, the highest first, and arrival."""
-    return -entry.value.priority, entry.create_revision
+Turn = tuple[int, int, int]
+
+LAST = 1 << 63
+"""For a request that stands nowhere yet: a revision after all there are."""
+
+
+def turn(request: AccessRequest, arrived: int) -> Turn:
+    """By what queues are sorted, the same for all: when it is due, and of those due at once by the revision
+    at which they `arrived`.
+
+    Two requests are in the same order in every queue. So those that want several devices can not wait for
+    each other in a circle.
+    """
+    return request.due, -request.priority, arrived
+
+
+def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether a device that has `labels` will do for a request with `selector`."""
+    return bool(selector) and all(labels.get(name) == value for name, value in selector.items())
 
 
 def submit(keys: Keys, request: AccessRequest) -> Transaction:
-    """A new request stands in the queue of its device. Its access lease must be alive.
+    """A new request stands in the queue of each of its devices. Its access lease must be alive.
 
     One that `pending` has made, because something else in the same transaction says so too, is put as it is.
     """
     if not request.change:
         request = pending(request)
-    entry = QueueEntry(device=request.device, request=request.request, priority=request.priority)
     return Transaction(
         change=request.change,
         proof_key=keys.request(request.request),
-        compares=(absent(keys.request(request.request)), present(keys.device(request.device))),
+        compares=(
+            absent(keys.request(request.request)),
+            *(present(keys.device(device)) for device in request.all_devices),
+        ),
         operations=(
             put(keys.request(request.request), encode(request)),
-            put(keys.queue_entry(request.device, request.request), encode(entry)),
+            *_enter(keys, request),
             _client(keys, request),
         ),
     )
@@ -125,13 +157,23 @@ def grant(
     client: Stored[Client],
     *,
     reason: str,
+    others: Sequence[tuple[DeviceState, QueueSeen]] = (),
 ) -> Transaction:
-    """A waiting request is granted, under the same conditions as in `submit_granted`."""
+    """A waiting request is granted, under the same conditions as in `submit_granted`.
+
+    One that wants several devices is granted all of them: `others` are those besides `state`.
+    """
     holder = _serving(state, request.value.mode)
     change = new_change_id()
     value = replace(
-        request.value, state=RequestState.GRANTED, reason=reason, epoch=holder.value.epoch, change=change
+        request.value,
+        device=request.value.device or state.device,
+        state=RequestState.GRANTED,
+        reason=reason,
+        epoch=holder.value.epoch,
+        change=change,
     )
+    rest = [(other, _serving(other, request.value.mode), seen) for other, seen in others]
     return Transaction(
         change=change,
         proof_key=request.key,
@@ -139,11 +181,55 @@ def grant(
             unchanged(request.key, request.mod_revision),
             unchanged(client.key, client.mod_revision),
             *_as_seen(keys, state, holder, queue),
+            *(compare for other, held, seen in rest for compare in _as_seen(keys, other, held, seen)),
         ),
         operations=(
             put(request.key, encode(value, request.kv.value)),
             _grant(keys, holder.value, request.value),
-            delete(keys.queue_entry(state.device, request.value.request)),
+            *(_grant(keys, held.value, request.value) for _, held, _ in rest),
+            *_leave(keys, request.value),
+        ),
+    )
+
+
+def allotted(request: AccessRequest, device: DeviceId) -> AccessRequest:
+    """`request`, for which any of a selector would do, as one for `device`, until it is put back."""
+    return replace(request, device=device, change=new_change_id())
+
+
+def allot(
+    keys: Keys, transaction: Transaction, stored: Stored[AccessRequest], request: AccessRequest
+) -> Transaction:
+    """An ownership transaction that also makes of `stored`, which waits for any device, the `allotted`
+    request.
+
+    So no two devices are set in motion for one request. `decided_for` compares it.
+    """
+    return replace(
+        transaction,
+        operations=(
+            *transaction.operations,
+            put(stored.key, encode(request, stored.kv.value)),
+            *_leave(keys, stored.value),
+            *_enter(keys, request),
+        ),
+    )
+
+
+def put_back(keys: Keys, request: Stored[AccessRequest]) -> Transaction:
+    """A waiting request that was allotted a device which does not come to serve it waits for any again."""
+    if request.value.state is not RequestState.PENDING or not request.value.selector:
+        raise NotPossible(request.value.device, f"request {request.value.request} is not for any device")
+    change = new_change_id()
+    value = replace(request.value, device=NO_DEVICE, change=change)
+    return Transaction(
+        change=change,
+        proof_key=request.key,
+        compares=(unchanged(request.key, request.mod_revision),),
+        operations=(
+            put(request.key, encode(value, request.kv.value)),
+            *_leave(keys, request.value),
+            *_enter(keys, value),
         ),
     )
 
@@ -156,7 +242,7 @@ def decided_for(
     It stands only while nobody uses the device, nothing newer waits for it, and the request is unchanged.
     `request` is None when it is submitted in the same transaction.
     """
-    compares: tuple[Compare, ...] = (queue.compare(keys), empty(keys.grants(queue.device)))
+    compares: tuple[Compare, ...] = (*queue.compares(keys), empty(keys.grants(queue.device)))
     if request is not None:
         compares = (*compares, unchanged(request.key, request.mod_revision))
     return replace(transaction, compares=transaction.compares + compares)
@@ -172,32 +258,114 @@ def refuse(keys: Keys, request: Stored[AccessRequest], outcome: RequestState, *,
 
 
 def end(
-    keys: Keys, state: DeviceState, request: Stored[AccessRequest], *, reason: str, path_exposed: bool
+    keys: Keys,
+    states: Sequence[DeviceState],
+    request: Stored[AccessRequest],
+    *,
+    reason: str,
+    path_exposed: bool,
 ) -> Transaction:
-    """An access is over.
+    """An access is over. `states` are those of all its devices.
 
     `path_exposed` when the client did not say so itself: it may still know the path, and the next grant must
     begin a new epoch even on the same controller. A path that only reads harms nobody and is not marked: who
     wants to write gets a new epoch in any case.
     """
+    compares, operations = _withdraw(keys, states, request, path_exposed=path_exposed)
+    return _finish(keys, request, RequestState.ENDED, reason, compares=compares, operations=operations)
+
+
+def requeue(
+    keys: Keys,
+    states: Sequence[DeviceState],
+    request: Stored[AccessRequest],
+    *,
+    after: AccessRequest,
+    reason: str,
+    path_exposed: bool,
+) -> Transaction:
+    """What was granted is taken back, as by `end`, and the request waits again, behind `after`.
+
+    However long it had waited: it would take the device back from the one it was taken for.
+    """
+    compares, operations = _withdraw(keys, states, request, path_exposed=path_exposed)
+    change = new_change_id()
+    value = replace(
+        request.value,
+        state=RequestState.PENDING,
+        device=NO_DEVICE if request.value.selector else request.value.device,
+        reason=reason,
+        due=max(request.value.due, after.due),
+        change=change,
+    )
+    return Transaction(
+        change=change,
+        proof_key=request.key,
+        compares=(unchanged(request.key, request.mod_revision), *compares),
+        operations=(
+            put(request.key, encode(value, request.kv.value)),
+            *operations,
+            *_enter(keys, value),
+        ),
+    )
+
+
+def preempt(state: DeviceState, by: Stored[AccessRequest], *, grace_seconds: int) -> Transaction:
+    """Those that have the device are to stop for the sake of `by`, which waits with a higher priority.
+
+    They keep it for `grace_seconds`, or until they say that they have stopped if that is 0. Whoever decides
+    counts the seconds; then come `end` or `requeue`.
+    """
+    return _mark(state, by.value.request, grace_seconds, (unchanged(by.key, by.mod_revision),))
+
+
+def spare(state: DeviceState) -> Transaction:
+    """Those that were to stop need not: the one they were to stop for waits no more."""
+    return _mark(state, NO_REQUEST, 0, ())
+
+
+def _mark(
+    state: DeviceState, by: RequestId, grace_seconds: int, compares: tuple[Compare, ...]
+) -> Transaction:
+    if state.unreadable or not state.grants:
+        raise NotPossible(state.device, state.unreadable or "nobody has it")
+    marked = [
+        (grant, replace(grant.value, preempted_by=by, grace_seconds=grace_seconds)) for grant in state.grants
+    ]
+    return Transaction(
+        # Nothing tells it from another that says the same. If its answer is lost it is taken for refused, and
+        # the next look at the device finds what stands.
+        change=new_change_id(),
+        proof_key=state.grants[0].key,
+        compares=(*compares, *(unchanged(grant.key, grant.mod_revision) for grant in state.grants)),
+        operations=tuple(put(grant.key, encode(value, grant.kv.value)) for grant, value in marked),
+    )
+
+
+def _withdraw(
+    keys: Keys, states: Sequence[DeviceState], request: Stored[AccessRequest], *, path_exposed: bool
+) -> tuple[tuple[Compare, ...], tuple[Operation, ...]]:
+    """What takes the grants of a request away."""
     if request.value.state is not RequestState.GRANTED:
         raise NotPossible(
             request.value.device, f"request {request.value.request} is {request.value.state}, not GRANTED"
         )
-    compares: tuple[Compare, ...] = ()
-    operations: tuple[Operation, ...] = (delete(keys.grant(state.device, request.value.request)),)
-    if path_exposed and not request.value.mode.read_only:
+    compares: list[Compare] = []
+    operations: list[Operation] = []
+    for state in states:
+        operations.append(delete(keys.grant(state.device, request.value.request)))
+        if not path_exposed or request.value.mode.read_only:
+            continue
         if state.holder is None:
-            compares = (absent(keys.holder(state.device)),)
-        else:
-            compares = (unchanged(state.holder.key, state.holder.mod_revision),)
-            # Only a published path can be known; a holder in any other state is about to begin a new epoch,
-            # and the comparison above catches one that publishes meanwhile.
-            if state.holder.value.state is HolderState.ACTIVE:
-                marked = replace(state.holder.value, path_exposed=True)
-                mark = put(state.holder.key, encode(marked, state.holder.kv.value), keep_lease=True)
-                operations = (*operations, mark)
-    return _finish(keys, request, RequestState.ENDED, reason, compares=compares, operations=operations)
+            compares.append(absent(keys.holder(state.device)))
+            continue
+        compares.append(unchanged(state.holder.key, state.holder.mod_revision))
+        # Only a published path can be known; a holder in any other state is about to begin a new epoch,
+        # and the comparison above catches one that publishes meanwhile.
+        if state.holder.value.state is HolderState.ACTIVE:
+            exposed = replace(state.holder.value, path_exposed=True)
+            operations.append(put(state.holder.key, encode(exposed, state.holder.kv.value), keep_lease=True))
+    return tuple(compares), tuple(operations)
 
 
 def _finish(
@@ -217,11 +385,32 @@ def _finish(
         compares=(unchanged(request.key, request.mod_revision), *compares),
         operations=(
             put(request.key, encode(value, request.kv.value)),
-            delete(keys.queue_entry(value.device, value.request)),
+            *_leave(keys, value),
             delete(keys.client(value.request)),
             *operations,
         ),
     )
+
+
+def _enter(keys: Keys, request: AccessRequest) -> tuple[Operation, ...]:
+    """The places of a request in the queues."""
+
+    def entry(device: DeviceId) -> bytes:
+        return encode(
+            QueueEntry(device=device, request=request.request, priority=request.priority, due=request.due)
+        )
+
+    if not request.all_devices:
+        return (put(keys.pool_entry(request.request), entry(ANY)),)
+    return tuple(
+        put(keys.queue_entry(device, request.request), entry(device)) for device in request.all_devices
+    )
+
+
+def _leave(keys: Keys, request: AccessRequest) -> tuple[Operation, ...]:
+    if not request.all_devices:
+        return (delete(keys.pool_entry(request.request)),)
+    return tuple(delete(keys.queue_entry(device, request.request)) for device in request.all_devices)
 
 
 def why_anew(holder: Holder, mode: AccessMode, *, used: bool = False) -> str:
@@ -255,7 +444,7 @@ def _as_seen(keys: Keys, state: DeviceState, holder: Stored[Holder], queue: Queu
         # Where nobody had it, nobody has; where some did, nobody has joined them. That some may have left
         # leaves room for the same modes and more.
         none_newer(grants, state.revision) if state.grants else empty(grants),
-        queue.compare(keys),
+        *queue.compares(keys),
     )
 
 

@@ -8,14 +8,13 @@ import typer
 from leasehold.client.modes import Mode
 from leasehold.client.options import (
     Coordinators,
-    DeviceName,
     Form,
     Output,
     RequestName,
     ask,
+    limit,
     one,
     say,
-    seconds,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +22,26 @@ if TYPE_CHECKING:
     from leasehold.v1 import access_pb2
 
 Via = Annotated[str, typer.Option(metavar="CONTROLLER", help="The only one to be served by.")]
-Priority = Annotated[int | None, typer.Option(help="Higher goes first; 50 if not given.", min=0, max=100)]
+Wanted = Annotated[
+    str,
+    typer.Argument(
+        metavar="DEVICE",
+        help="Its id; or several, all of which are wanted: d1,d2; or labels, of any that has them: pool=a.",
+    ),
+]
+Prefer = Annotated[str, typer.Option(metavar="CONTROLLER", help="The one to be served by if it can.")]
+Priority = Annotated[
+    int | None,
+    typer.Option(help="Higher goes first; by default what --for is worth, or 50.", min=0, max=100),
+]
+Operation = Annotated[
+    str,
+    typer.Option("--for", metavar="OPERATION", help="restore, backup, verify, copy, or another they know."),
+]
+Hold = Annotated[str, typer.Option(metavar="TIME", help="How long to have it at most.")]
+Idle = Annotated[
+    str, typer.Option(metavar="TIME", help="How long to have it at most without reading or writing.")
+]
 Wait = Annotated[
     str, typer.Option(metavar="TIME", help="How long to wait: 90, 90s, 5m, 2h. By default without limit.")
 ]
@@ -36,33 +54,47 @@ Client = Annotated[str, typer.Option(metavar="NAME", help="Who asks, for the his
 
 
 def request(
-    device: DeviceName,
+    wanted: Wanted,
     *,
     mode: How = Mode.EXCLUSIVE,
     via: Via = "",
+    prefer: Prefer = "",
     priority: Priority = None,
+    operation: Operation = "",
     wait: Wait = "",
+    hold: Hold = "",
+    idle: Idle = "",
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="Wait again if it is taken for a higher priority.")
+    ] = False,
     request_id: RequestId = "",
     client: Client = "",
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
 ) -> None:
-    """Ask for a device and return at once. The same id is the same request, however often it is sent.
+    """Ask for devices and return at once. The same id is the same request, however often it is sent.
 
     For programs that can not stay; "leasehold run" does all of this by itself. Look how far it has come with
     "get requests REQUEST", say with "renew" that its client is still there, granted or not, and end it with
     "release". Who does not renew in time loses it.
     """
-    limit = seconds(wait, "--wait") if wait else None
+    from leasehold.client.asking import parsed  # noqa: PLC0415
+
+    waiting, holding, idling = limit(wait, "--wait"), limit(hold, "--hold"), limit(idle, "--idle")
     found = ask(
         coordinator,
         lambda leasehold: one(
             leasehold.submit(
-                device,
+                parsed(wanted),
                 mode=mode,
                 priority=priority,
+                operation=operation,
                 controller=via,
-                wait=limit,
+                preferred=prefer,
+                wait=waiting,
+                hold=holding,
+                idle=idling,
+                requeue=requeue,
                 client=client,
                 request=request_id,
             )
@@ -73,6 +105,11 @@ def request(
     say(
         f"within {status.access_ttl_seconds} s, and again and again: leasehold renew {status.request.request}"
     )
+
+
+def give_way(request: RequestName, output: Output = Form.TABLE, coordinator: Coordinators = None) -> None:
+    """Say that its client has stopped using what is about to be taken for a request of higher priority."""
+    _on(coordinator, lambda leasehold: leasehold.give_way(request), output)
 
 
 def renew(request: RequestName, output: Output = Form.TABLE, coordinator: Coordinators = None) -> None:
