@@ -19,6 +19,7 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue, Snapshot
 from leasehold.store.ownership import DeviceState, checked
 from leasehold.store.records import (
+    ANY,
     AccessRequest,
     Availability,
     Client,
@@ -28,10 +29,12 @@ from leasehold.store.records import (
     CoordinatorId,
     Device,
     DeviceId,
+    Drain,
     Epochs,
     Grant,
     Holder,
     InvalidId,
+    Pause,
     QueueEntry,
     RequestId,
     RequestState,
@@ -50,6 +53,8 @@ _TOP: dict[str, type[Any]] = {
     "coordinators": Coordinator,
     "requests": AccessRequest,
     "clients": Client,
+    "drains": Drain,
+    "pauses": Pause,
 }
 """Kinds with one record for each name."""
 _NESTED: dict[str, type[Any]] = {"grants": Grant, "queue": QueueEntry, "availability": Availability}
@@ -109,6 +114,8 @@ class Cluster:
         self._unreadable: dict[DeviceId, dict[str, str]] = {}
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
+        self._drained: dict[ControllerId, Drain] = {}
+        self._paused: dict[DeviceId, Pause] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
         self._arrived: dict[str, int] = {}
         self._views: dict[DeviceId, DeviceView] = {}
@@ -134,6 +141,16 @@ class Cluster:
     @property
     def coordinators(self) -> dict[CoordinatorId, Stored[Coordinator]]:
         return cast("dict[CoordinatorId, Stored[Coordinator]]", self._top["coordinators"])
+
+    @property
+    def drains(self) -> dict[ControllerId, Drain]:
+        """The controllers that are drained. Who has a record that can not be read is drained too."""
+        return self._drained
+
+    @property
+    def pauses(self) -> dict[DeviceId, Pause]:
+        """The devices that are paused, `ANY` for all. Of a record that can not be read, too."""
+        return self._paused
 
     @property
     def known_devices(self) -> set[DeviceId]:
@@ -197,6 +214,8 @@ class Cluster:
             availability={ControllerId(name): stored.value for name, stored in availability.items()},
             held=self._held,
             resting=self._resting(device),
+            drained=self._drained,
+            paused=self._paused.get(device) or self._paused.get(ANY),
         )
         # Every stream of every client in the queue asks for the same one. Rest ends without a change, and of
         # devices that there are not anybody can ask for any number.
@@ -270,6 +289,9 @@ class Cluster:
         kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
         if kind not in _TOP and kind not in _NESTED:
             return NOTHING
+        if kind == "pauses" and rest == ANY:
+            self._apply_top(kind, rest, key, kv)
+            return ALL
         parts = rest.split("/")
         if len(parts) != (1 if kind in _TOP else 2) or not all(map(_is_id, parts)):
             return self._apply_stray(kind, parts[0], key, kv)
@@ -320,7 +342,17 @@ class Cluster:
             self._registered.pop(ControllerId(name), None)
             if after:
                 self._registered[ControllerId(name)] = after.value
-        if kind in ("controllers", "coordinators"):
+        if kind == "drains":
+            self._drained.pop(ControllerId(name), None)
+            if kv is not None:
+                unread = Drain(controller=ControllerId(name), reason=NOT_READ)
+                self._drained[ControllerId(name)] = after.value if after else unread
+        if kind == "pauses":
+            self._paused.pop(DeviceId(name), None)
+            if kv is not None:
+                unknown = Pause(device=DeviceId(name), reason=NOT_READ)
+                self._paused[DeviceId(name)] = after.value if after else unknown
+        if kind in ("controllers", "coordinators", "drains"):
             return ALL
         if kind == "requests":
             known = after or before
@@ -395,6 +427,8 @@ class Cluster:
 ALL = DeviceId("*")
 """Stands for every device: something changed that may concern any."""
 NOTHING = DeviceId("")
+NOT_READ = "its record can not be read: take the order back, and give it anew"
+"""The reason of an order that stands, whatever it says."""
 
 
 def _give_up(waiting: "asyncio.Future[bool]") -> None:

@@ -16,16 +16,18 @@ A request that can not be planned is rejected with the reason, and the queue mov
 
 import asyncio
 import logging
+import time
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.planner import Decision, Reject, Wait, plan
+from leasehold.coordinator.moves import Moves
+from leasehold.coordinator.planner import Decision, Direct, Reject, Wait, plan
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.runtime.roster import rendezvous
 from leasehold.store import requests
 from leasehold.store.errors import StoreError
 from leasehold.store.ownership import NotPossible
-from leasehold.store.records import CoordinatorId, DeviceId, RequestId, RequestState
+from leasehold.store.records import CoordinatorId, DeviceId, FailBackPolicy, RequestId, RequestState
 from leasehold.store.transaction import Applied, Refused
 
 _log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ EARLY = 0.01
 """Seconds by which a timer may run off before its time."""
 AT_A_TIME = 100
 """Devices glanced at before others have their turn, when all of them are to be looked at."""
+PUT_OFF = 5.0
+"""Seconds until a device that is to be moved, and that there was no room for, is looked at in any case."""
 PAUSE = 10.0
 """Seconds until a device is looked at again after an error that nobody foresaw."""
 
@@ -56,6 +60,7 @@ class Loop:
         self._timed: dict[DeviceId, dict[RequestId, float]] = {}
         """When, on the loop's clock, the timer of each waiting request with a limit runs off."""
         self._alarmed: dict[DeviceId, str] = {}
+        self._moves = Moves(cluster.view, time.monotonic)
 
     def look(self, devices: frozenset[DeviceId] | None) -> None:
         """Look at these devices, None for all."""
@@ -64,6 +69,7 @@ class Loop:
             self._homes = coordinators
             self._home_of.clear()
         self._dirty |= self._cluster.known_devices if devices is None else devices
+        self._dirty |= self._moves.next()
         self._wake.set()
 
     async def run(self) -> None:
@@ -95,7 +101,7 @@ class Loop:
         self._note(view)
         if not view.queue:
             self._timed.pop(device, None)
-        return bool(view.queue or view.state.grants)
+        return bool(view.queue or view.state.grants or _may_move(view))
 
     async def _guarded(self, device: DeviceId) -> None:
         try:
@@ -108,6 +114,7 @@ class Loop:
             _log.exception("device %s: looking at it failed", device)
             self._later(device, PAUSE)
         finally:
+            self._moves.written(device)
             self._busy.discard(device)
             if device in self._dirty:
                 self._wake.set()
@@ -125,6 +132,10 @@ class Loop:
             # Rest ends without a change.
             self._later(device, min(view.resting.values()))
         decision = plan(view)
+        moved = isinstance(decision, Direct) and decision.waiting is None
+        if moved and not self._moves.begin(device):
+            self._later(device, PUT_OFF)
+            return
         try:
             transaction = self._ledger.transaction(view, decision)
         except NotPossible:
@@ -219,6 +230,14 @@ class Loop:
 
     def _later(self, device: DeviceId, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, self._again, device)
+
+
+def _may_move(view: DeviceView) -> bool:
+    """Whether the device might have to go elsewhere although nobody uses it or asks for it."""
+    holder, spec = view.state.holder, view.state.spec
+    if holder is None or spec is None:
+        return False
+    return holder.value.controller in view.drained or spec.value.fail_back is FailBackPolicy.PREFERRED
 
 
 def _overdue(view: DeviceView, late: Waiting) -> str:

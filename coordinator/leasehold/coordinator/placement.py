@@ -48,6 +48,8 @@ def refusal(view: DeviceView, name: ControllerId) -> str:
         return f"does not have the driver {spec.value.driver}"
     if controller.draining:
         return "is draining"
+    if drain := view.drained.get(name):
+        return f"is being drained ({drain.reason})"
     lately = view.availability.get(name)
     if lately is not None and lately.stuck_epoch:
         return f"is barred until it has proved epoch {lately.stuck_epoch} to be over: {lately.reason}"

@@ -15,6 +15,10 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
 7. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
    by a transfer. If an earlier client may still know a path that writes, or the hold is of the other kind
    (reading only, or reading and writing), even the same controller begins a new epoch.
+8. What a drained controller holds goes to the best of the others, with the clients that have access. Where
+   nobody else can serve it, it stays.
+9. What nobody uses or asks for goes back to the controller that the spec prefers, if the spec says so.
+10. What is paused is granted where it is served and goes nowhere.
 
 A request whose controller is not available now does not hold up those behind it. A controller that could not
 activate the device rests for a while, or one that never can would burn an epoch a try, as fast as it fails.
@@ -25,7 +29,17 @@ from typing import TypeAlias
 
 from leasehold.coordinator.placement import can_ever_serve, fence_unavailable, hindrance, place, refusal
 from leasehold.coordinator.view import DeviceView, Waiting
-from leasehold.store.records import AccessMode, Controller, ControllerId, Holder, HolderState, UnreleasedEpoch
+from leasehold.store.records import (
+    ANY,
+    AccessMode,
+    Controller,
+    ControllerId,
+    FailBackPolicy,
+    Holder,
+    HolderState,
+    Pause,
+    UnreleasedEpoch,
+)
 from leasehold.store.requests import MOST_TOGETHER, why_anew
 
 NAMED = 3
@@ -50,11 +64,11 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """Have the holder pass the device to `target`."""
+    """Have the holder pass the device to `target`, for `waiting`, or with the clients that have access."""
 
     reason: str
     target: Controller
-    waiting: Waiting
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +115,8 @@ def _culprit(view: DeviceView) -> Waiting | None:
 
 def decide(view: DeviceView) -> Decision:
     """The next step for this device."""
+    if view.paused is not None:
+        return _paused(view, view.paused)
     state = view.state
     if state.unreadable:
         return Wait(f"it is busy until an operator has looked: {state.unreadable}")
@@ -168,7 +184,7 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
             return Wait(f"FENCE_UNAVAILABLE: the session of {where} is gone, and {why}")
         return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
-        return _used(view, holder)
+        return _off(view, holder) or _staying(view, holder, _used(view, holder))
     unfit = refusal(view, holder.controller)
     serving = not unfit
     # Nobody else is looked for where the holder will do: most decisions are of that kind.
@@ -184,9 +200,64 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
             return Direct(f"{wanted} is wanted", view.controllers[wanted], waiting)
         if not wanted and best is not None:
             return Direct(f"{holder.controller} {unfit}", best, waiting)
+    if off := _off(view, holder) or _back(view, holder):
+        return off
     if not view.queue:
-        return Wait(f"{where} serves it, and nobody asks for it")
+        return _staying(view, holder, Wait(f"{where} serves it, and nobody asks for it"))
     return Wait(_nobody_eligible(view))
+
+
+def _off(view: DeviceView, holder: Holder) -> Direct | None:
+    """Off a drained controller, to the best of the others."""
+    best = place(view).best if holder.controller in view.drained else None
+    if best is None:
+        return None
+    return Direct(f"{holder.controller} {refusal(view, holder.controller)}", best)
+
+
+def _staying(view: DeviceView, holder: Holder, decision: Decision) -> Decision:
+    """`decision`, and why the device is still on a drained controller, if it is on one."""
+    if holder.controller not in view.drained or not isinstance(decision, Wait):
+        return decision
+    return Wait(f"{decision.reason}; nobody else can serve it: {place(view).why()}")
+
+
+def _back(view: DeviceView, holder: Holder) -> Direct | None:
+    """Back to the first of the spec's controllers that can serve it now, if nobody uses it or asks for it."""
+    spec = view.state.spec
+    if spec is None or spec.value.fail_back is not FailBackPolicy.PREFERRED or view.queue:
+        return None
+    for name in spec.value.controllers:
+        if name == holder.controller:
+            return None
+        if not hindrance(view, name):
+            return Direct(f"nobody uses it, and {name} is preferred", view.controllers[name])
+    return None
+
+
+def _paused(view: DeviceView, pause: Pause) -> Decision:
+    """What would be done, if that leaves control where it is.
+
+    A request that would move it can not be served now. As one whose controller is not there, it does not hold
+    up those behind it.
+    """
+    left = replace(view, paused=None)
+    moves = []
+    while isinstance(decision := decide(left), Assign | Direct):
+        moves.append(decision.reason)
+        if decision.waiting is None:
+            break
+        left = replace(left, queue=tuple(item for item in left.queue if item is not decision.waiting))
+    if moves and not isinstance(decision, Give | Reject):
+        return Wait(f"{_ordered(pause)}; put off until then: {moves[0]}")
+    return Wait(f"{decision.reason}; {_ordered(pause)}") if isinstance(decision, Wait) else decision
+
+
+def _ordered(pause: Pause) -> str:
+    """What is paused, on whose word and why, in a sentence."""
+    what = "all devices are" if pause.device == ANY else "it is"
+    said = f" by {pause.operator}" if pause.operator else ""
+    return f"{what} paused{said} ({pause.reason}), and control changes by a transfer only until it is resumed"
 
 
 def _used(view: DeviceView, holder: Holder) -> Decision:

@@ -14,6 +14,8 @@ from leasehold.store.records import (
     Controller,
     ControllerId,
     DeviceId,
+    Drain,
+    Pause,
     RequestId,
 )
 
@@ -43,6 +45,10 @@ class DeviceView:
     """How many devices each controller holds."""
     resting: Mapping[ControllerId, float] = field(default_factory=dict)
     """Seconds for which a controller that could not activate the device is not tried again."""
+    drained: Mapping[ControllerId, Drain] = field(default_factory=dict)
+    """Controllers that are to give up what they have."""
+    paused: Pause | None = None
+    """Why control of the device does not change by itself."""
 
     @property
     def device(self) -> DeviceId:
