@@ -15,6 +15,7 @@ from leasehold.store.records import (
     Coordinator,
     Device,
     DeviceId,
+    Drain,
     Epoch,
     Epochs,
     Grant,
@@ -22,6 +23,7 @@ from leasehold.store.records import (
     HolderState,
     InstanceId,
     LeaseId,
+    Pause,
     QueueEntry,
     Record,
     RequestId,
@@ -59,6 +61,10 @@ def key_of(record: Record) -> str:
             return KEYS.grant(record.device, record.request)
         case Availability():
             return KEYS.availability(record.device, record.controller)
+        case Drain():
+            return KEYS.drain(record.controller)
+        case Pause():
+            return KEYS.pause(record.device)
     raise AssertionError(f"a coordinator does not mirror {type(record).__name__}")
 
 
@@ -234,3 +240,11 @@ def granted(
 
 def failing(name: str, failures: int, *, device: DeviceId = DISK) -> Availability:
     return Availability(device=device, controller=ControllerId(name), failures=failures, reason="it broke")
+
+
+def drain(name: str, *, reason: str = "new firmware") -> Drain:
+    return Drain(controller=ControllerId(name), reason=reason, operator="alice")
+
+
+def pause(device: DeviceId = DISK, *, reason: str = "new cables") -> Pause:
+    return Pause(device=device, reason=reason, operator="alice")

@@ -29,6 +29,7 @@ from leasehold.store.errors import OutcomeUnknown
 from leasehold.store.kv import Compare, Kv, Operation, Put, Snapshot, TxnResult, put
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import (
+    ANY,
     AccessMode,
     Assignment,
     AssignmentAction,
@@ -38,8 +39,10 @@ from leasehold.store.records import (
     ControllerId,
     Device,
     DeviceId,
+    Drain,
     Epoch,
     HolderState,
+    Pause,
     RequestState,
     TakeoverPolicy,
     lease_id,
@@ -796,6 +799,127 @@ async def test_who_drains_takes_nothing_over(site: Site) -> None:
 
 
 GARBAGE = b'{"version": '
+
+
+PAUSED = encode(Pause(device=DISK, reason="new cables", operator="alice"))
+DRAINED = encode(Drain(controller=ControllerId("b"), reason="new firmware", operator="alice"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("pauses/d1", PAUSED, "it is paused by alice: new cables"),
+        ("pauses/_any", PAUSED, "every device is paused by alice: new cables"),
+        ("pauses/d1", GARBAGE, "it is paused, in a record that can not be read"),
+        ("drains/b", DRAINED, "b is drained by alice: new firmware"),
+        ("drains/b", GARBAGE, "b is drained, in a record that can not be read"),
+    ],
+)
+async def test_an_order_keeps_it_from_taking_over_until_it_is_taken_back(
+    site: Site, caplog: pytest.LogCaptureFixture, key: str, value: bytes, says: str
+) -> None:
+    kv, key = site.installation.kv, f"{site.installation.keys.prefix}{key}"
+    await site.device("a", "b")
+    crashed = await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    state = await site.serving("a")
+    assert state.holder is not None
+    await kv.put(key, value)
+    await site.crash(crashed)
+    await site.installation.revoke(state.holder.value.session_lease)
+
+    async def told() -> bool | None:
+        return f"not taken over by this controller: {says}" in caplog.text or None
+
+    await eventually(told)
+    assert (await site.installation.state()).holder == state.holder
+    await site.installation.revoke(state.holder.value.device_lease)
+    await site.until(lambda state: state.holder is None)
+    await kv.delete(key)
+    await site.serving("b", epoch=2)
+
+
+@pytest.mark.parametrize("device", [DISK, ANY])
+async def test_a_pause_that_comes_while_it_takes_over_comes_in_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch, device: DeviceId
+) -> None:
+    kv, key = site.installation.kv, site.installation.keys.pause(device)
+    looked: list[str] = []
+    standing = Contest._standing
+
+    async def paused_meanwhile(self: Contest, device: DeviceId) -> tuple[dict[ControllerId, int], str]:
+        found = await standing(self, device)
+        looked.append(found[1])
+        if len(looked) == 1:
+            await kv.put(key, PAUSED)
+        return found
+
+    monkeypatch.setattr(Contest, "_standing", paused_meanwhile)
+    await site.device("a", "b")
+    crashed = await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    state = await site.serving("a")
+    assert state.holder is not None
+    await site.crash(crashed)
+    await site.installation.revoke(state.holder.value.session_lease)
+
+    async def refused() -> bool | None:
+        return len(looked) > 1 or None
+
+    await eventually(refused)
+    assert looked[0] == ""
+    assert "paused by alice" in looked[1]
+    assert (await site.installation.state()).holder == state.holder
+    await kv.delete(key)
+    await site.serving("b", epoch=2)
+
+
+async def test_a_pause_that_is_taken_back_while_it_is_read_is_read_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv, key = site.installation.kv, site.installation.keys.pause(DISK)
+    standing, resumed = Contest._standing, Contest.resumed
+    heard = asyncio.Event()
+
+    def heard_of(self: Contest) -> list[DeviceId]:
+        found = resumed(self)
+        heard.set()
+        return found
+
+    async def resumed_meanwhile(self: Contest, device: DeviceId) -> tuple[dict[ControllerId, int], str]:
+        found = await standing(self, device)
+        if found[1]:
+            await kv.delete(key)
+            await heard.wait()
+        return found
+
+    monkeypatch.setattr(Contest, "resumed", heard_of)
+    monkeypatch.setattr(Contest, "_standing", resumed_meanwhile)
+    await site.device("a", "b")
+    crashed = await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    state = await site.serving("a")
+    assert state.holder is not None
+    await kv.put(key, PAUSED)
+    await site.crash(crashed)
+    await site.installation.revoke(state.holder.value.session_lease)
+    await site.serving("b", epoch=2)
+    assert heard.is_set()
+
+
+async def test_gives_up_what_is_paused_when_it_stops(site: Site) -> None:
+    await site.device("a", "b")
+    stopping = await site.controller("a")
+    await site.controller("b")
+    await site.assign("a")
+    await site.serving("a")
+    await site.installation.kv.put(site.installation.keys.pause(ANY), PAUSED)
+    site.running.remove(stopping)
+    assert await stopping.stop()
+    assert (await site.installation.state()).free
 
 
 async def test_garbage_under_its_name_is_told_and_waited_for(

@@ -180,7 +180,7 @@ def test_the_help_documents_the_codes() -> None:
     for arguments in (("--help",), ("run", "--help")):
         shown = invoke(*arguments).stdout
         assert "75  run: the access was lost or moved" in shown
-        assert "124  waited as long as --wait says" in shown
+        assert "124  waited as long as --wait or --within says" in shown
 
 
 def test_without_coordinators(coordinator: FakeCoordinator) -> None:

@@ -17,7 +17,7 @@ from command_line import CommandLine, command_line, in_turn
 from leasehold.client import exits, watching
 from leasehold.client.commands import history as history_commands
 from leasehold.client.testing import Failure
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
 STOP = Failure(grpc.StatusCode.FAILED_PRECONDITION, "ENOUGH", "the test has seen enough")
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -313,6 +313,7 @@ def test_describe_controller(leasehold: CommandLine) -> None:
         ),
         ListDevices=devices(device()),
         ListControlChanges=changes(*HISTORY, other),
+        GetMaintenance=maintenance_pb2.GetMaintenanceResponse(),
     )
     told = leasehold("describe", "controller", "a").stdout
     lines = [" ".join(line.split()) for line in told.splitlines()]

@@ -16,6 +16,7 @@ from leasehold.store.codec import encode
 from leasehold.store.connection import Connection
 from leasehold.store.kv import Snapshot
 from leasehold.store.records import (
+    ANY,
     ControllerId,
     Coordinator,
     CoordinatorId,
@@ -33,10 +34,12 @@ from mirror import (
     SESSION,
     Content,
     controller,
+    drain,
     failing,
     granted,
     holding,
     key_of,
+    pause,
     pending,
     request,
     spec,
@@ -69,6 +72,8 @@ def shown(cluster: Cluster) -> dict[str, Any]:
         "coordinators": dict(cluster.coordinators),
         "devices": dict(cluster.devices),
         "known": cluster.known_devices,
+        "drains": dict(cluster.drains),
+        "pauses": dict(cluster.pauses),
     }
 
 
@@ -88,6 +93,9 @@ POOL: tuple[tuple[Record, ...], ...] = tuple(
         (controller("a"),),
         (controller("b", draining=True),),
         (coordinator("c1"),),
+        (drain("a"),),
+        (pause(device),),
+        (pause(ANY),),
     )
 )
 GARBAGE = (b"", b"{}", b"garbage", b'{"version":7}', b"\xff")
@@ -147,6 +155,33 @@ def test_availability_nobody_understands_makes_nothing_busy() -> None:
     assert not content.cluster().state(DISK).unreadable
 
 
+@pytest.mark.parametrize("value", GARBAGE)
+def test_an_order_that_nobody_can_read_is_one_all_the_same(value: bytes) -> None:
+    content = Content(spec())
+    content.change({KEYS.drain(ControllerId("a")): value, KEYS.pause(DISK): value})
+    cluster = content.cluster()
+    view = cluster.view(DISK)
+    assert set(view.drained) == {"a"}
+    assert view.paused is not None
+    assert "can not be read" in view.paused.reason
+    assert cluster.view(OTHER).paused is None
+    cluster.apply(content.delete(KEYS.drain(ControllerId("a")), KEYS.pause(DISK)))
+    view = cluster.view(DISK)
+    assert not view.drained
+    assert view.paused is None
+
+
+def test_a_pause_of_all_is_one_of_each() -> None:
+    content = Content(spec(), pause(ANY, reason="all"))
+    cluster = content.cluster()
+    assert cluster.view(DISK).paused == cluster.view(OTHER).paused == pause(ANY, reason="all")
+    cluster.apply(content.put(pause(DISK)))
+    assert cluster.view(DISK).paused == pause(DISK), "what is said of the device itself tells more"
+    assert cluster.view(OTHER).paused == pause(ANY, reason="all")
+    cluster.apply(content.delete(KEYS.pause(ANY)))
+    assert cluster.view(OTHER).paused is None
+
+
 def test_counts_of_held_follow_the_holders() -> None:
     content = Content(*holding("a"), *holding("a", device=OTHER))
     cluster = content.cluster()
@@ -187,6 +222,9 @@ TOUCHES = (
     Touch("history", lambda content: content.change({KEYS.history(DISK) + "1": b"{}"}), frozenset()),
     Touch("controller", lambda content: content.put(controller("b")), None),
     Touch("controller gone", lambda content: content.delete(KEYS.controller(ControllerId("a"))), None),
+    Touch("drain", lambda content: content.put(drain("a")), None),
+    Touch("pause", lambda content: content.put(pause()), frozenset({DISK})),
+    Touch("pause of all", lambda content: content.put(pause(ANY)), None),
     Touch("coordinator", lambda content: content.put(coordinator("c1"), spec("a")), None),
 )
 

@@ -269,4 +269,5 @@ def test_an_exclusive_request_has_its_turn_after_the_readers_that_stand() -> Non
         content.delete(grants[0].key)
     assert number == 7
     assert isinstance(decision, Direct)
+    assert decision.waiting is not None
     assert (decision.target.controller, decision.waiting.request.request) == ("a", "writer")

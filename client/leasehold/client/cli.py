@@ -15,7 +15,16 @@ import typer
 import typer.core
 
 from leasehold.client import exits
-from leasehold.client.commands import confirm, describe, device, get, history, request, version
+from leasehold.client.commands import (
+    confirm,
+    describe,
+    device,
+    get,
+    history,
+    maintenance,
+    request,
+    version,
+)
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
@@ -64,6 +73,10 @@ app.command(epilog=CODES)(device.apply)
 app.add_typer(device.delete, name="delete")
 app.command(epilog=CODES)(device.transfer)
 app.command("confirm-dead", epilog=CODES)(confirm.confirm_dead)
+app.command(epilog=CODES)(maintenance.drain)
+app.command(epilog=CODES)(maintenance.undrain)
+app.command(epilog=CODES)(maintenance.pause)
+app.command(epilog=CODES)(maintenance.resume)
 app.command(epilog=CODES)(request.request)
 app.command(epilog=CODES)(request.renew)
 app.command("give-way", epilog=CODES)(request.give_way)

@@ -22,6 +22,7 @@ from leasehold.v1 import (
     controllers_pb2,
     devices_pb2,
     history_pb2,
+    maintenance_pb2,
     records_pb2,
 )
 
@@ -247,6 +248,62 @@ class Leasehold:
             operator=operator or default_client(),
         )
         answer: devices_pb2.ConfirmDeadResponse = await self._ask(stubs.devices, "ConfirmDead", request)
+        return answer
+
+    async def drain(self, controller: str, *, reason: str, operator: str = "") -> maintenance_pb2.DrainStatus:
+        """Have `controller` give up its devices to others, those that are in use too, and get no more.
+
+        It need not be registered. Returns as soon as that stands; `maintenance` tells how far it is. An order
+        that stands already stays as it was.
+
+        reason: why; other operators are told, and so is whoever waits for a device because of it.
+        operator: who says so; by default user@host.
+        """
+        request = made(
+            maintenance_pb2.DrainControllerRequest,
+            controller=controller,
+            reason=reason,
+            operator=operator or default_client(),
+        )
+        answer: maintenance_pb2.DrainControllerResponse = await self._ask(
+            stubs.maintenance, "DrainController", request
+        )
+        return answer.status
+
+    async def undrain(self, controller: str) -> None:
+        """Let `controller` be given devices again. Done twice, it is done once."""
+        request = made(maintenance_pb2.UndrainControllerRequest, controller=controller)
+        await self._ask(stubs.maintenance, "UndrainController", request)
+
+    async def pause(self, device: str = "", *, reason: str, operator: str = "") -> records_pb2.Pause:
+        """Leave control of `device`, or of all if it is empty, where it is: until `resume` it changes by
+        `transfer` only, and nobody takes over from a holder that is gone.
+
+        The arguments are those of `drain`. Returns the order that stands: an earlier one stays as it was.
+        Raises `NotFound`.
+        """
+        request = made(
+            maintenance_pb2.PauseDeviceRequest,
+            device=device,
+            reason=reason,
+            operator=operator or default_client(),
+        )
+        answer: maintenance_pb2.PauseDeviceResponse = await self._ask(
+            stubs.maintenance, "PauseDevice", request
+        )
+        return answer.pause
+
+    async def resume(self, device: str = "") -> None:
+        """Take a pause back: that of `device`, or that of all. Done twice, it is done once."""
+        request = made(maintenance_pb2.ResumeDeviceRequest, device=device)
+        await self._ask(stubs.maintenance, "ResumeDevice", request)
+
+    async def maintenance(self, controller: str = "") -> maintenance_pb2.GetMaintenanceResponse:
+        """What is drained, and how far, and what is paused; or only how far `controller` is."""
+        request = made(maintenance_pb2.GetMaintenanceRequest, controller=controller)
+        answer: maintenance_pb2.GetMaintenanceResponse = await self._ask(
+            stubs.maintenance, "GetMaintenance", request
+        )
         return answer
 
     async def controllers(self) -> list[controllers_pb2.ControllerStatus]:

@@ -39,7 +39,7 @@ Exit codes:
    75  run: the access was lost or moved, COMMAND was stopped or failed with it; run
        it again
    77  refused
-  124  waited as long as --wait says
+  124  waited as long as --wait or --within says
   126  run: COMMAND can not be run
   127  run: COMMAND was not found
 128+N  ended by signal N

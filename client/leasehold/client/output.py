@@ -46,6 +46,12 @@ def device_path(status: devices_pb2.DeviceStatus) -> str:
     return status.path or ("" if status.device.path_template else status.holder.path)
 
 
+def ordered(order: records_pb2.Drain | records_pb2.Pause) -> str:
+    """Who has ordered it, since when, and why."""
+    by = f"by {order.operator} since {order.recorded_at}: " if order.operator else ""
+    return f"{by}{order.reason}"
+
+
 def takeover(device: records_pb2.Device) -> str:
     return "strict" if device.takeover == records_pb2.TAKEOVER_POLICY_STRICT else "hold-off"
 
@@ -89,7 +95,7 @@ CONTROLLERS = Kind(
         "CONTROLLER": lambda status: status.controller.controller,
         "ENDPOINT": lambda status: status.controller.endpoint,
         "DRIVERS": lambda status: ",".join(status.controller.drivers),
-        "DRAINING": lambda status: "yes" if status.controller.draining else "no",
+        "DRAINING": lambda status: "yes" if status.controller.draining or status.HasField("drain") else "no",
         "DEVICES": lambda status: ",".join(status.devices),
     },
     {
@@ -97,6 +103,7 @@ CONTROLLERS = Kind(
         "VERSION": lambda status: status.controller.software,
         "INSTANCE": lambda status: status.controller.instance,
         "SESSION": lambda status: status.controller.session_lease,
+        "DRAINED": lambda status: ordered(status.drain) if status.HasField("drain") else "",
     },
 )
 COORDINATORS = Kind(

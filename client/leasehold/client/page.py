@@ -48,6 +48,7 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
         if item.epoch != holder.epoch
     ]
     fields.append(("Reason", status.reason))
+    fields += [("Paused", output.ordered(status.pause))] if status.HasField("pause") else []
     if status.HasField("device"):
         fields += [
             ("Driver", spec.driver),
@@ -77,15 +78,18 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
     ]
     status = statuses.get(name)
     if status is None:
-        if not history:
+        drains = (await leasehold.maintenance(name)).drains
+        if not history and not drains:
             raise NotFound(f"no controller {name} is registered", "NO_CONTROLLER", {"controller": name})
         fields = [("Controller", name), ("State", "NOT REGISTERED: it is stopped, or cut off from etcd")]
+        fields += [("Drained", output.ordered(item.drain)) for item in drains]
         return [*_fields(fields), *_changes(history, device=True)]
     record = status.controller
     devices = [item for item in await leasehold.devices() if item.holder.controller == name]
     fields = [
         ("Controller", name),
         ("State", "DRAINING: gives up its devices, takes no new ones" if record.draining else "REGISTERED"),
+        *([("Drained", output.ordered(status.drain))] if status.HasField("drain") else []),
         ("Endpoint", record.endpoint),
         ("Data host", record.data_host),
         ("Drivers", ", ".join(record.drivers)),

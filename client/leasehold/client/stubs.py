@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, cast
 
 import grpc.aio
 
-from leasehold.v1 import access_pb2_grpc, controllers_pb2_grpc, devices_pb2_grpc, history_pb2_grpc
+from leasehold.v1 import (
+    access_pb2_grpc,
+    controllers_pb2_grpc,
+    devices_pb2_grpc,
+    history_pb2_grpc,
+    maintenance_pb2_grpc,
+)
 
 if TYPE_CHECKING:
     from leasehold.v1.access_pb2_grpc import AccessServiceAsyncStub
     from leasehold.v1.controllers_pb2_grpc import ControllerServiceAsyncStub, CoordinatorServiceAsyncStub
     from leasehold.v1.devices_pb2_grpc import DeviceServiceAsyncStub
     from leasehold.v1.history_pb2_grpc import HistoryServiceAsyncStub
+    from leasehold.v1.maintenance_pb2_grpc import MaintenanceServiceAsyncStub
 
 
 def access(channel: grpc.aio.Channel) -> "AccessServiceAsyncStub":
@@ -34,3 +41,7 @@ def devices(channel: grpc.aio.Channel) -> "DeviceServiceAsyncStub":
 
 def history(channel: grpc.aio.Channel) -> "HistoryServiceAsyncStub":
     return cast("HistoryServiceAsyncStub", history_pb2_grpc.HistoryServiceStub(channel))
+
+
+def maintenance(channel: grpc.aio.Channel) -> "MaintenanceServiceAsyncStub":
+    return cast("MaintenanceServiceAsyncStub", maintenance_pb2_grpc.MaintenanceServiceStub(channel))

@@ -22,7 +22,7 @@ from leasehold.client import connection
 from leasehold.client.asking import Asking, Wanted
 from leasehold.client.changes import Change, Progress
 from leasehold.client.tls import Security
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
 __all__ = ["Access", "Leasehold", "connect"]
 
@@ -160,6 +160,21 @@ class Leasehold:
         self, device: str, controller: str, *, reason: str, operator: str = ""
     ) -> devices_pb2.ConfirmDeadResponse:
         return self.wait(self._inner.confirm_dead(device, controller, reason=reason, operator=operator))
+
+    def drain(self, controller: str, *, reason: str, operator: str = "") -> maintenance_pb2.DrainStatus:
+        return self.wait(self._inner.drain(controller, reason=reason, operator=operator))
+
+    def undrain(self, controller: str) -> None:
+        self.wait(self._inner.undrain(controller))
+
+    def pause(self, device: str = "", *, reason: str, operator: str = "") -> records_pb2.Pause:
+        return self.wait(self._inner.pause(device, reason=reason, operator=operator))
+
+    def resume(self, device: str = "") -> None:
+        self.wait(self._inner.resume(device))
+
+    def maintenance(self, controller: str = "") -> maintenance_pb2.GetMaintenanceResponse:
+        return self.wait(self._inner.maintenance(controller))
 
     def controllers(self) -> list[controllers_pb2.ControllerStatus]:
         return self.wait(self._inner.controllers())

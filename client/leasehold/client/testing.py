@@ -26,13 +26,13 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from leasehold.client.status import DOMAIN
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, records_pb2
+from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SESSION = "/leasehold.v1.AccessService/RequestAccess"
 _METHODS = {
     f"/{service.full_name}/{method.name}": method
-    for file in (access_pb2, controllers_pb2, devices_pb2, history_pb2)
+    for file in (access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }

@@ -2,15 +2,26 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from leasehold.controller.context import Context
 from leasehold.controller.takeover import Backoff, may_serve, obstacle, ranking, vacant
 from leasehold.store.clock import NANOSECONDS
 from leasehold.store.codec import Unreadable, decode
-from leasehold.store.kv import KeyValue, get_prefix
+from leasehold.store.kv import KeyValue, absent, get, get_prefix
 from leasehold.store.ownership import DeviceState, take_over
-from leasehold.store.records import Availability, Controller, ControllerId, DeviceId, Epoch, LeaseId, lease_id
+from leasehold.store.records import (
+    ANY,
+    Availability,
+    Controller,
+    ControllerId,
+    DeviceId,
+    Drain,
+    Epoch,
+    LeaseId,
+    Pause,
+    lease_id,
+)
 from leasehold.store.transaction import Applied
 
 _log = logging.getLogger(__name__)
@@ -67,6 +78,9 @@ class Contest:
         self._chances: dict[DeviceId, Chance] = {}
         self._roster: asyncio.Task[_Roster] | None = None
         self._said: dict[DeviceId, Epoch] = {}
+        self._kept: dict[DeviceId, Chance] = {}
+        """What an order of a person keeps from being taken over here."""
+        self._resumed = 0
 
     def seen(
         self, device: DeviceId, *, lost: ControllerId | None = None, target: ControllerId | None = None
@@ -79,6 +93,14 @@ class Contest:
     def over(self, device: DeviceId) -> None:
         """Somebody holds it, or nobody has to."""
         self._chances.pop(device, None)
+
+    def resumed(self) -> list[DeviceId]:
+        """An order was taken back: the devices to look at. Their head starts count from now."""
+        self._resumed += 1
+        kept, self._kept = self._kept, {}
+        for device, chance in kept.items():
+            self._chances[device] = replace(chance, since=self._context.clock())
+        return list(kept)
 
     def roster_changed(self) -> None:
         """A controller went: what was read of the registrations is of no use any more."""
@@ -116,12 +138,22 @@ class Contest:
         if not why:
             self.over(device)
             return Passed("its holder is there")
+        seen = self._resumed
+        failures, ordered = await self._standing(device)
+        if ordered:
+            if seen != self._resumed:
+                # It may have been taken back between this reading and now.
+                return Later(0)
+            self._say_once(device, state, f"not taken over by this controller: {ordered}", logging.WARNING)
+            self._kept[device] = chance
+            self.over(device)
+            return Passed(ordered)
         rank = 0
         if len(roster.controllers) > 1:
             order = ranking(
                 spec,
                 roster.controllers,
-                await self._failures(device),
+                failures,
                 target=chance.target,
                 lost=chance.lost,
             )
@@ -130,6 +162,8 @@ class Contest:
         if (wait := due - context.clock()) > 0:
             return Later(wait / NANOSECONDS)
         transaction = take_over(context.author, state, me, reason=why)
+        compares = (*transaction.compares, *map(absent, self._orders(device)))
+        transaction = replace(transaction, compares=compares)
         outcome = await context.commit(transaction, device, Epoch(state.epoch + 1), "TAKEN_OVER")
         if not isinstance(outcome, Applied):
             return Later(0)
@@ -146,10 +180,12 @@ class Contest:
         context.step("taken over", device, epoch)
         return Won(epoch)
 
-    def _say_once(self, device: DeviceId, state: DeviceState, why_not: str) -> None:
+    def _say_once(
+        self, device: DeviceId, state: DeviceState, why_not: str, level: int = logging.ERROR
+    ) -> None:
         """For an operator: a device waits, and nobody here will take it over. Once for each epoch."""
         if why_not and self._said.get(device) != state.epoch:
-            _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, why_not)
+            _log.log(level, "device %s epoch %d holder - request -: %s", device, state.epoch, why_not)
             self._said[device] = state.epoch
 
     async def _registered(self) -> _Roster:
@@ -180,12 +216,34 @@ class Contest:
                 _log.error("it can not be ranked for takeovers: %s", error)
         return _Roster(read_at, tuple(controllers), carried)
 
-    async def _failures(self, device: DeviceId) -> dict[ControllerId, int]:
+    async def _standing(self, device: DeviceId) -> tuple[dict[ControllerId, int], str]:
+        """How often controllers failed lately, and which order keeps this one from taking the device over."""
         context = self._context
-        _, ranges = await context.kv.read(
-            get_prefix(context.keys.availabilities(device)), timeout=context.timing.call
+        _, (lately, *orders) = await context.kv.read(
+            get_prefix(context.keys.availabilities(device)),
+            *map(get, self._orders(device)),
+            timeout=context.timing.call,
         )
-        return dict(_failure(item) for item in ranges[0])
+        ordered = [_order(item) for items in orders for item in items]
+        return dict(map(_failure, lately)), "; ".join(ordered)
+
+    def _orders(self, device: DeviceId) -> tuple[str, ...]:
+        """Where a person's order would stand that keeps the device from being taken over by this one."""
+        keys = self._context.keys
+        return keys.pause(device), keys.pause(ANY), keys.drain(self._context.name)
+
+
+def _order(item: KeyValue) -> str:
+    """What is ordered. That the key stands is enough, whatever it says."""
+    kind, _, name = item.key.rpartition("/")
+    drains = kind.endswith("/drains")
+    what = f"{name} is drained" if drains else f"{'every device' if name == ANY else 'it'} is paused"
+    try:
+        order = decode(Drain, item).value if drains else decode(Pause, item).value
+    except Unreadable as error:
+        _log.error("%s", error)
+        return f"{what}, in a record that can not be read"
+    return f"{what} by {order.operator}: {order.reason}"
 
 
 def _failure(item: KeyValue) -> tuple[ControllerId, int]:

@@ -53,7 +53,7 @@ class Observer:
     async def run(self, ready: asyncio.Event) -> None:
         """Watch everything; `ready` is set once every watch has read what there was."""
         keys = self._context.keys
-        specs, mine, holders, controllers = (asyncio.Event() for _ in range(4))
+        specs, mine, holders, controllers, pauses, drains = (asyncio.Event() for _ in range(6))
         async with aclosing(self), asyncio.TaskGroup() as group:
             group.create_task(self._follow(keys.devices, self._spec, specs))
             # With the specs at hand an assignment needs no read before it is prepared.
@@ -65,7 +65,10 @@ class Observer:
             group.create_task(
                 self._follow(keys.controllers, self._controller, controllers, deletes_only=True)
             )
-            await asyncio.gather(mine.wait(), holders.wait(), controllers.wait())
+            # What an order kept from being taken over may have to be, once it is taken back.
+            group.create_task(self._follow(keys.pauses, self._order, pauses, deletes_only=True))
+            group.create_task(self._follow(keys.drains, self._order, drains, deletes_only=True))
+            await asyncio.gather(*(event.wait() for event in (mine, holders, controllers, pauses, drains)))
             group.create_task(self._sweeps())
             ready.set()
 
@@ -208,6 +211,10 @@ class Observer:
             return
         self._contest.roster_changed()
         self._inquire(self._session_gone(ControllerId(name)))
+
+    def _order(self, _name: str, _event: Event) -> None:
+        for device in self._contest.resumed():
+            self._agent.worker.wake(device)
 
     async def _session_gone(self, gone: ControllerId) -> None:
         """Its devices may be taken over at once, whatever leases they hang on."""

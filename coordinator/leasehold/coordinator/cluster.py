@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from leasehold.coordinator.count import Count
 from leasehold.coordinator.placement import unservable
@@ -35,10 +35,12 @@ from leasehold.store.records import (
     CoordinatorId,
     Device,
     DeviceId,
+    Drain,
     Epochs,
     Grant,
     Holder,
     InvalidId,
+    Pause,
     PreemptionPolicy,
     QueueEntry,
     RequestId,
@@ -46,6 +48,9 @@ from leasehold.store.records import (
     check_id,
 )
 from leasehold.store.watch import Batch, Gap, follow
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +62,8 @@ _TOP: dict[str, type[Any]] = {
     "coordinators": Coordinator,
     "requests": AccessRequest,
     "clients": Client,
+    "drains": Drain,
+    "pauses": Pause,
 }
 """Kinds with one record for each name."""
 _NESTED: dict[str, type[Any]] = {"grants": Grant, "queue": QueueEntry, "availability": Availability}
@@ -118,6 +125,8 @@ class Cluster:
         self._unreadable: dict[DeviceId, dict[str, str]] = {}
         self._held: dict[ControllerId, int] = {}
         self._registered: dict[ControllerId, Controller] = {}
+        self._drained: dict[ControllerId, Drain] = {}
+        self._paused: dict[DeviceId, Pause] = {}
         self._rested: dict[DeviceId, dict[ControllerId, int]] = {}
         self._views: dict[DeviceId, DeviceView] = {}
         self._entries: dict[str, Stored[Any]] = {}
@@ -156,6 +165,16 @@ class Cluster:
     @property
     def coordinators(self) -> dict[CoordinatorId, Stored[Coordinator]]:
         return cast("dict[CoordinatorId, Stored[Coordinator]]", self._top["coordinators"])
+
+    @property
+    def drains(self) -> dict[ControllerId, Drain]:
+        """The controllers that are drained. Who has a record that can not be read is drained too."""
+        return self._drained
+
+    @property
+    def pauses(self) -> dict[DeviceId, Pause]:
+        """The devices that are paused, `ANY` for all. Of a record that can not be read, too."""
+        return self._paused
 
     @property
     def known_devices(self) -> set[DeviceId]:
@@ -249,6 +268,8 @@ class Cluster:
             resting=self._resting(device),
             settling=settling,
             users={user.value.request: user.value for user in users if user is not None},
+            drained=self._drained,
+            paused=self._paused.get(device) or self._paused.get(ANY),
         )
 
     def _resting(self, device: DeviceId) -> dict[ControllerId, float]:
@@ -336,6 +357,9 @@ class Cluster:
         kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
         if kind not in _TOP and kind not in _NESTED:
             return NOTHING
+        if kind == "pauses" and rest == ANY:
+            self._apply_top(kind, rest, key, kv)
+            return ALL
         parts = rest.split("/")
         if kind == "queue" and parts[0] == ANY and len(parts) == 2 and _is_id(parts[1]):
             return self._apply_pooled(RequestId(parts[1]), key, kv)
@@ -379,31 +403,42 @@ class Cluster:
         records = self._top[kind]
         before = records.get(name)
         after = self._put(records, kind, name, key, kv)
-        if kind == "holders":
-            self._count_held(before, -1)
-            self._count_held(after, +1)
-            if after:
-                self.times.served(DeviceId(name), after.value.controller)
-            else:
-                self.times.vacated(DeviceId(name))
-        if kind == "devices":
-            self._pools.label(DeviceId(name), after)
-        if kind == "controllers":
-            self._registered.pop(ControllerId(name), None)
-            if after:
-                self._registered[ControllerId(name)] = after.value
-        if kind in ("controllers", "coordinators"):
-            return ALL
-        if kind == "requests":
-            self._count_request(before, -1)
-            self._count_request(after, +1)
-            self._moved.add(RequestId(name))
-            # Where it was; where it is now is settled when all of the transaction has been taken over.
-            return before.value.device if before else NOTHING
-        if kind == "clients":
-            self._moved.add(RequestId(name))
-            return NOTHING
+        match kind:
+            case "controllers":
+                _replace(self._registered, ControllerId(name), after.value if after else None)
+                return ALL
+            case "drains":
+                # What can not be read is not forgotten.
+                unread = Drain(controller=ControllerId(name), reason=NOT_READ) if kv else None
+                _replace(self._drained, ControllerId(name), after.value if after else unread)
+                return ALL
+            case "pauses":
+                unknown = Pause(device=DeviceId(name), reason=NOT_READ) if kv else None
+                _replace(self._paused, DeviceId(name), after.value if after else unknown)
+            case "coordinators":
+                return ALL
+            case "devices":
+                self._pools.label(DeviceId(name), after)
+            case "holders":
+                self._hold(DeviceId(name), before, after)
+            case "requests":
+                self._count_request(before, -1)
+                self._count_request(after, +1)
+                self._moved.add(RequestId(name))
+                # Where it was; where it is now is settled when all of the transaction has been taken over.
+                return before.value.device if before else NOTHING
+            case "clients":
+                self._moved.add(RequestId(name))
+                return NOTHING
         return DeviceId(name)
+
+    def _hold(self, device: DeviceId, before: Stored[Holder] | None, after: Stored[Holder] | None) -> None:
+        self._count_held(before, -1)
+        self._count_held(after, +1)
+        if after:
+            self.times.served(device, after.value.controller)
+        else:
+            self.times.vacated(device)
 
     def _apply_pooled(self, request: RequestId, key: str, kv: KeyValue | None) -> DeviceId:
         self._put(self._entries, "queue", request, key, kv)
@@ -550,6 +585,14 @@ class Cluster:
 ALL = DeviceId("*")
 """Stands for every device: something changed that may concern any."""
 NOTHING = DeviceId("")
+NOT_READ = "its record can not be read: take the order back, and give it anew"
+"""The reason of an order that stands, whatever it says."""
+
+
+def _replace(records: dict[K, T], name: K, record: T | None) -> None:
+    records.pop(name, None)
+    if record is not None:
+        records[name] = record
 
 
 def _give_up(waiting: "asyncio.Future[bool]") -> None:

@@ -19,6 +19,7 @@ from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.lists import ControllerService, CoordinatorService, HistoryService
 from leasehold.coordinator.loop import Loop
+from leasehold.coordinator.maintenance import MaintenanceService
 from leasehold.coordinator.peers import Peers
 from leasehold.coordinator.sweep import Sweep
 from leasehold.runtime import daemon, log
@@ -31,14 +32,21 @@ from leasehold.store.kv import Kv
 from leasehold.store.leases import Lease, LeaseKeeper
 from leasehold.store.records import Coordinator, LeaseId, new_instance
 from leasehold.store.version import check_version
-from leasehold.v1 import access_pb2_grpc, controllers_pb2_grpc, devices_pb2_grpc, history_pb2_grpc
+from leasehold.v1 import (
+    access_pb2_grpc,
+    controllers_pb2_grpc,
+    devices_pb2_grpc,
+    history_pb2_grpc,
+    maintenance_pb2_grpc,
+)
 
 _log = logging.getLogger(__name__)
 
 DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
 
 SERVICES = tuple(
-    f"leasehold.v1.{name}Service" for name in ("Access", "Device", "Controller", "Coordinator", "History")
+    f"leasehold.v1.{name}Service"
+    for name in ("Access", "Device", "Controller", "Coordinator", "History", "Maintenance")
 )
 GRACE = 1.0
 """Seconds that calls under way have to end once the coordinator stops. Streams do not end by themselves, and
@@ -119,6 +127,9 @@ async def _serve(config: CoordinatorConfig) -> None:
             CoordinatorService(ledger, admission), add
         )
         history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(ledger, admission), add)
+        maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(
+            MaintenanceService(ledger, admission), add
+        )
         registration = _Registration(config, ledger.kv, keeper)
         try:
             async with asyncio.TaskGroup() as group:

@@ -114,7 +114,7 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         async def handle() -> devices_pb2.ConfirmDeadResponse:
             view = await self._known(request.device)
             controller = ControllerId(check_id("controller", request.controller))
-            word = Word(controller, operator(request.operator, context), _sentence("reason", request.reason))
+            word = Word(controller, operator(request.operator, context), sentence("reason", request.reason))
             epochs = await self._confirming.confirm(view.device, word)
             return devices_pb2.ConfirmDeadResponse(
                 status=device_status(await self._reader.device(view.device)), epochs=epochs
@@ -192,7 +192,8 @@ class DeviceService(devices_pb2_grpc.DeviceServiceServicer):
         )
 
 
-def _sentence(field: str, text: str) -> str:
+def sentence(field: str, text: str) -> str:
+    """What a person gives as a reason. Raises ApiError, naming `field`."""
     wanted = f"one printable line of at most {LONGEST_REASON} characters"
     require(bool(text.strip()) and len(text) <= LONGEST_REASON and text.isprintable(), field, wanted)
     return text.strip()

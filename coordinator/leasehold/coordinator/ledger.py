@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.planner import (
@@ -20,9 +20,9 @@ from leasehold.coordinator.planner import (
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store import ownership, requests
 from leasehold.store.keys import Keys
-from leasehold.store.kv import Get, Kv, Operation
+from leasehold.store.kv import Get, Kv, Operation, absent, empty
 from leasehold.store.ownership import Answering, Author
-from leasehold.store.records import AccessRequest, RequestState
+from leasehold.store.records import ANY, AccessRequest, RequestState
 from leasehold.store.requests import QueueSeen, decided_for
 from leasehold.store.transaction import Applied, Refused, Transaction, commit
 
@@ -82,14 +82,19 @@ class Ledger:
                 return None
             case Assign(reason, target, waiting):
                 if waiting is None:
-                    return ownership.assign(self.author, view.state, target, reason=reason)
+                    return self._unpaused(
+                        ownership.assign(self.author, view.state, target, reason=reason), view
+                    )
                 answering = _answering(waiting, view)
                 made = ownership.assign(self.author, view.state, target, reason=reason, answering=answering)
-                return self._for(made, queue, waiting, answering)
+                return self._unpaused(self._for(made, queue, waiting, answering), view)
             case Direct(reason, target, waiting):
+                if waiting is None:
+                    made = ownership.direct(self.author, view.state, target, reason=reason)
+                    return self._unpaused(self._unused(made, view, queue), view)
                 answering = _answering(waiting, view)
                 made = ownership.direct(self.author, view.state, target, reason=reason, answering=answering)
-                return self._for(made, queue, waiting, answering)
+                return self._unpaused(self._for(made, queue, waiting, answering), view)
             case Give(reason, waiting):
                 return self._give(view, queue, waiting, reason)
             case Preempt(_, waiting, grace):
@@ -135,6 +140,18 @@ class Ledger:
             return made
         # It is not to be told at another device as well to stop for this request.
         return requests.allot(self.keys, made, waiting.stored, _allotted(waiting, view))
+
+    def _unpaused(self, made: Transaction, view: DeviceView) -> Transaction:
+        """Nothing changes hands by itself once somebody was told that it is paused."""
+        pauses = (absent(self.keys.pause(view.device)), absent(self.keys.pause(ANY)))
+        return replace(made, compares=(*made.compares, *pauses))
+
+    def _unused(self, made: Transaction, view: DeviceView, queue: QueueSeen) -> Transaction:
+        """What is moved because nobody uses it is not moved under somebody who has just been given it."""
+        if view.state.grants:
+            return made
+        seen = (empty(self.keys.grants(view.device)), *queue.compares(self.keys))
+        return replace(made, compares=(*made.compares, *seen))
 
     def _for(
         self, made: Transaction, queue: QueueSeen, waiting: Waiting, answering: Answering

@@ -10,7 +10,15 @@ from leasehold.coordinator.paging import page
 from leasehold.runtime.api import answering
 from leasehold.store.codec import Unreadable, decode, to_message
 from leasehold.store.kv import MAX_OPERATIONS, KeyValue, get, get_prefix
-from leasehold.store.records import ControlChange, Controller, ControllerId, Coordinator, DeviceId, check_id
+from leasehold.store.records import (
+    ControlChange,
+    Controller,
+    ControllerId,
+    Coordinator,
+    DeviceId,
+    Drain,
+    check_id,
+)
 from leasehold.v1 import (
     controllers_pb2,
     controllers_pb2_grpc,
@@ -75,9 +83,14 @@ class ControllerService(controllers_pb2_grpc.ControllerServiceServicer):
                         cast("records_pb2.Availability", to_message(lately))
                         for lately in self._cluster.failures(name)
                     ],
+                    drain=_drain(self._cluster.drains.get(name)),
                 )
             )
         return statuses
+
+
+def _drain(drain: Drain | None) -> records_pb2.Drain | None:
+    return cast("records_pb2.Drain", to_message(drain)) if drain else None
 
 
 class CoordinatorService(controllers_pb2_grpc.CoordinatorServiceServicer):

@@ -23,7 +23,17 @@ import logging
 
 from leasehold.coordinator.cluster import Cluster
 from leasehold.coordinator.ledger import Ledger
-from leasehold.coordinator.planner import Decision, Preempt, Ready, Reject, Spare, Wait, plan
+from leasehold.coordinator.moves import Moves
+from leasehold.coordinator.planner import (
+    Decision,
+    Direct,
+    Preempt,
+    Ready,
+    Reject,
+    Spare,
+    Wait,
+    plan,
+)
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.coordinator.withdrawal import withdraw
 from leasehold.runtime.roster import rendezvous
@@ -31,7 +41,14 @@ from leasehold.store import requests
 from leasehold.store.codec import Stored
 from leasehold.store.errors import StoreError
 from leasehold.store.ownership import NotPossible
-from leasehold.store.records import ANY, AccessRequest, CoordinatorId, DeviceId, RequestState
+from leasehold.store.records import (
+    ANY,
+    AccessRequest,
+    CoordinatorId,
+    DeviceId,
+    FailBackPolicy,
+    RequestState,
+)
 from leasehold.store.transaction import Applied, Refused, Transaction
 
 _log = logging.getLogger(__name__)
@@ -43,6 +60,8 @@ EARLY = 0.01
 """Seconds by which a timer may run off before its time."""
 AT_A_TIME = 100
 """Devices glanced at before others have their turn, when all of them are to be looked at."""
+PUT_OFF = 5.0
+"""Seconds until a device that is to be moved, and that there was no room for, is looked at in any case."""
 PAUSE = 10.0
 """Seconds until a device is looked at again after an error that nobody foresaw."""
 
@@ -62,6 +81,7 @@ class Loop:
         self._timed: dict[DeviceId, dict[str, float]] = {}
         """When, on the loop's clock, a device is looked at again, and what for."""
         self._alarmed: dict[DeviceId, str] = {}
+        self._moves = Moves(cluster.view, lambda: asyncio.get_running_loop().time())
 
     def look(self, devices: frozenset[DeviceId] | None) -> None:
         """Look at these devices, None for all."""
@@ -70,6 +90,7 @@ class Loop:
             self._homes = coordinators
             self._home_of.clear()
         self._dirty |= {*self._cluster.known_devices, ANY} if devices is None else devices
+        self._dirty |= self._moves.next()
         self._wake.set()
 
     async def run(self) -> None:
@@ -101,9 +122,9 @@ class Loop:
             return len(self._cluster.pools) > 0
         view = self._cluster.view(device)
         self._note(view)
-        if not view.queue:
+        if not view.queue and not view.state.grants:
             self._timed.pop(device, None)
-        return bool(view.queue or view.state.grants)
+        return bool(view.queue or view.state.grants or _may_move(view))
 
     async def _guarded(self, device: DeviceId) -> None:
         try:
@@ -116,6 +137,7 @@ class Loop:
             _log.exception("device %s: looking at it failed", device)
             self._later(device, PAUSE)
         finally:
+            self._moves.written(device)
             self._busy.discard(device)
             if device in self._dirty:
                 self._wake.set()
@@ -136,6 +158,10 @@ class Loop:
         if view.settling:
             self._remind(device, "settling", view.settling)
         decision = plan(view)
+        moved = isinstance(decision, Direct) and decision.waiting is None
+        if moved and not self._moves.begin(device):
+            self._later(device, PUT_OFF)
+            return
         try:
             transaction = self._transaction(view, decision)
         except NotPossible:
@@ -315,6 +341,14 @@ class Loop:
         if due is None or due > now + seconds + EARLY:
             known[what] = now + seconds
             self._later(device, seconds)
+
+
+def _may_move(view: DeviceView) -> bool:
+    """Whether the device might have to go elsewhere although nobody uses it or asks for it."""
+    holder, spec = view.state.holder, view.state.spec
+    if holder is None or spec is None:
+        return False
+    return holder.value.controller in view.drained or spec.value.fail_back is FailBackPolicy.PREFERRED
 
 
 def _about(decision: Decision) -> Waiting | None:

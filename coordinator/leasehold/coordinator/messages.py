@@ -137,6 +137,8 @@ def device_status(view: DeviceView) -> devices_pb2.DeviceStatus:
     if state.spec:
         status.etag = str(state.spec.mod_revision)
         status.device.CopyFrom(cast("records_pb2.Device", to_message(state.spec.value)))
+    if view.paused:
+        status.pause.CopyFrom(cast("records_pb2.Pause", to_message(view.paused)))
     if state.holder:
         status.holder.CopyFrom(cast("records_pb2.Holder", to_message(state.holder.value)))
     if state.epochs:

@@ -48,6 +48,8 @@ def refusal(view: DeviceView, name: ControllerId) -> str:
         return f"does not have the driver {spec.value.driver}"
     if controller.draining:
         return "is draining"
+    if drain := view.drained.get(name):
+        return f"is being drained ({drain.reason})"
     lately = view.availability.get(name)
     if lately is not None and lately.stuck_epoch:
         return f"is barred until it has proved epoch {lately.stuck_epoch} to be over: {lately.reason}"
@@ -116,10 +118,14 @@ def unservable(view: DeviceView, request: AccessRequest) -> str:
         return "that has no spec"
     if wanted := request.controller:
         why = hindrance(view, wanted)
+        if not why and view.paused is not None and (holder is None or holder.controller != wanted):
+            why = "that is paused"
         return f"{wanted} is wanted, but {why}" if why else ""
     if holder is None and state.unreleased:
         return f"epoch {state.epoch} of that is not proved to be over"
     if holder is not None and not refusal(view, holder.controller):
         return ""
+    if view.paused is not None:
+        return "that is paused"
     placement = place(view)
     return "" if placement.best else f"nobody can serve that: {placement.why()}"

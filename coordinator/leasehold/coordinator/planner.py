@@ -16,6 +16,10 @@ Every decision comes with a sentence that tells a person why. The rules, in orde
 7. Active and unused: the first request that can be served gets it, where it is if that will do, elsewhere
    by a transfer. If an earlier client may still know a path that writes, or the hold is of the other kind
    (reading only, or reading and writing), even the same controller begins a new epoch.
+8. What a drained controller holds goes to the best of the others, with the clients that have access. Where
+   nobody else can serve it, it stays.
+9. What nobody uses or asks for goes back to the controller that the spec prefers, if the spec says so.
+10. What is paused is granted where it is served and goes nowhere.
 
 A request is passed over as long as its controller is not available, as long as the device is to stay where it
 is for a while, or as long as another device that it wants as well can not be served; what is done for those
@@ -43,11 +47,14 @@ from leasehold.coordinator.placement import (
 )
 from leasehold.coordinator.view import DeviceView, Waiting
 from leasehold.store.records import (
+    ANY,
     AccessMode,
     Controller,
     ControllerId,
+    FailBackPolicy,
     Holder,
     HolderState,
+    Pause,
     PreemptionPolicy,
     UnreleasedEpoch,
 )
@@ -75,11 +82,11 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """Have the holder pass the device to `target`."""
+    """Have the holder pass the device to `target`, for `waiting`, or with the clients that have access."""
 
     reason: str
     target: Controller
-    waiting: Waiting
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +165,8 @@ def _culprit(view: DeviceView) -> Waiting | None:
 
 def decide(view: DeviceView) -> Decision:
     """The next step for this device."""
-    decision = _next_step(view)
+    paused = view.paused
+    decision = _next_step(view) if paused is None else _paused(view, paused)
     if isinstance(decision, Wait):
         for waiting in view.queue:
             if waiting.allotted and waiting.stored is not None and not _is_coming(view, waiting):
@@ -285,13 +293,11 @@ def _held(view: DeviceView, holder: Holder) -> Decision:
             return Wait(f"FENCE_UNAVAILABLE: the session of {where} is gone, and {why}")
         return Wait(f"the session of {where} is gone; a successor is to take it over")
     if view.state.grants:
-        return _used(view, holder)
+        return _off(view, holder) or _staying(view, holder, _used(view, holder))
     return _unused(view, holder)
 
 
 def _unused(view: DeviceView, holder: Holder) -> Decision:
-    if not view.queue:
-        return Wait(f"{holder.controller} in epoch {holder.epoch} serves it, and nobody asks for it")
     unfit = refusal(view, holder.controller)
     # Nobody else is looked for where the holder will do: most decisions are of that kind.
     placement: Placement | None = None
@@ -313,11 +319,15 @@ def _unused(view: DeviceView, holder: Holder) -> Decision:
             elif view.settling and not unfit:
                 passed.over(waiting, f"{target.controller} is wanted, but {_settling(holder)}")
             else:
-                why = (
-                    f"{target.controller} is wanted" if request.controller else f"{holder.controller} {unfit}"
-                )
+                wanted = request.controller
+                why = f"{wanted} is wanted" if wanted else f"{holder.controller} {unfit}"
                 return Direct(f"{why}{passed}", target, waiting)
-    return Wait(passed.first)
+    if off := _off(view, holder) or _back(view, holder):
+        return off
+    if view.queue:
+        return Wait(passed.first)
+    what = f"{holder.controller} in epoch {holder.epoch} serves it, and nobody asks for it"
+    return _staying(view, holder, Wait(what))
 
 
 def _give(reason: str, waiting: Waiting) -> Give | Ready:
@@ -326,6 +336,59 @@ def _give(reason: str, waiting: Waiting) -> Give | Ready:
 
 def _settling(holder: Holder) -> str:
     return f"it stays with {holder.controller} for a while, so that it is not moved to and fro"
+
+
+def _off(view: DeviceView, holder: Holder) -> Direct | None:
+    """Off a drained controller, to the best of the others."""
+    best = place(view).best if holder.controller in view.drained else None
+    if best is None:
+        return None
+    return Direct(f"{holder.controller} {refusal(view, holder.controller)}", best)
+
+
+def _staying(view: DeviceView, holder: Holder, decision: Decision) -> Decision:
+    """`decision`, and why the device is still on a drained controller, if it is on one."""
+    if holder.controller not in view.drained or not isinstance(decision, Wait):
+        return decision
+    return Wait(f"{decision.reason}; nobody else can serve it: {place(view).why()}")
+
+
+def _back(view: DeviceView, holder: Holder) -> Direct | None:
+    """Back to the first of the spec's controllers that can serve it now, if nobody uses it or asks for it."""
+    spec = view.state.spec
+    if spec is None or spec.value.fail_back is not FailBackPolicy.PREFERRED or view.queue or view.settling:
+        return None
+    for name in spec.value.controllers:
+        if name == holder.controller:
+            return None
+        if not hindrance(view, name):
+            return Direct(f"nobody uses it, and {name} is preferred", view.controllers[name])
+    return None
+
+
+def _paused(view: DeviceView, pause: Pause) -> Decision:
+    """What would be done, if that leaves control where it is.
+
+    A request that would move it can not be served now. As one whose controller is not there, it does not hold
+    up those behind it.
+    """
+    left = replace(view, paused=None)
+    moves = []
+    while isinstance(decision := _next_step(left), Assign | Direct | Preempt):
+        moves.append(decision.reason)
+        if decision.waiting is None:
+            break
+        left = replace(left, queue=tuple(item for item in left.queue if item is not decision.waiting))
+    if moves and not isinstance(decision, Give | Reject):
+        return Wait(f"{_ordered(pause)}; put off until then: {moves[0]}")
+    return Wait(f"{decision.reason}; {_ordered(pause)}") if isinstance(decision, Wait) else decision
+
+
+def _ordered(pause: Pause) -> str:
+    """What is paused, on whose word and why, in a sentence."""
+    what = "all devices are" if pause.device == ANY else "it is"
+    said = f" by {pause.operator}" if pause.operator else ""
+    return f"{what} paused{said} ({pause.reason}), and control changes by a transfer only until it is resumed"
 
 
 def _used(view: DeviceView, holder: Holder) -> Decision:

@@ -14,6 +14,8 @@ from leasehold.store.records import (
     Controller,
     ControllerId,
     DeviceId,
+    Drain,
+    Pause,
     RequestId,
 )
 from leasehold.store.requests import LAST, Turn, turn
@@ -61,6 +63,10 @@ class DeviceView:
     `cool_down_seconds`."""
     users: Mapping[RequestId, AccessRequest] = field(default_factory=dict)
     """The requests that have access, as far as they are known."""
+    drained: Mapping[ControllerId, Drain] = field(default_factory=dict)
+    """Controllers that are to give up what they have."""
+    paused: Pause | None = None
+    """Why control of the device does not change by itself."""
 
     @property
     def device(self) -> DeviceId:

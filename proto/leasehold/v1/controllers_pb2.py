@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from leasehold.v1 import records_pb2 as leasehold_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eleasehold/v1/controllers.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"\x7f\n\x10\x43ontrollerStatus\x12,\n\ncontroller\x18\x01 \x01(\x0b\x32\x18.leasehold.v1.Controller\x12\x0f\n\x07\x64\x65vices\x18\x02 \x03(\t\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.leasehold.v1.Availability\"?\n\x16ListControllersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x17ListControllersResponse\x12\x30\n\x08statuses\x18\x01 \x03(\x0b\x32\x1e.leasehold.v1.ControllerStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x17ListCoordinatorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x18ListCoordinatorsResponse\x12/\n\x0c\x63oordinators\x18\x01 \x03(\x0b\x32\x19.leasehold.v1.Coordinator\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2s\n\x11\x43ontrollerService\x12^\n\x0fListControllers\x12$.leasehold.v1.ListControllersRequest\x1a%.leasehold.v1.ListControllersResponse2w\n\x12\x43oordinatorService\x12\x61\n\x10ListCoordinators\x12%.leasehold.v1.ListCoordinatorsRequest\x1a&.leasehold.v1.ListCoordinatorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eleasehold/v1/controllers.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"\xa3\x01\n\x10\x43ontrollerStatus\x12,\n\ncontroller\x18\x01 \x01(\x0b\x32\x18.leasehold.v1.Controller\x12\x0f\n\x07\x64\x65vices\x18\x02 \x03(\t\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.leasehold.v1.Availability\x12\"\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x13.leasehold.v1.Drain\"?\n\x16ListControllersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x17ListControllersResponse\x12\x30\n\x08statuses\x18\x01 \x03(\x0b\x32\x1e.leasehold.v1.ControllerStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x17ListCoordinatorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x18ListCoordinatorsResponse\x12/\n\x0c\x63oordinators\x18\x01 \x03(\x0b\x32\x19.leasehold.v1.Coordinator\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2s\n\x11\x43ontrollerService\x12^\n\x0fListControllers\x12$.leasehold.v1.ListControllersRequest\x1a%.leasehold.v1.ListControllersResponse2w\n\x12\x43oordinatorService\x12\x61\n\x10ListCoordinators\x12%.leasehold.v1.ListCoordinatorsRequest\x1a&.leasehold.v1.ListCoordinatorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'leasehold.v1.controllers_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTROLLERSTATUS']._serialized_start=76
-  _globals['_CONTROLLERSTATUS']._serialized_end=203
-  _globals['_LISTCONTROLLERSREQUEST']._serialized_start=205
-  _globals['_LISTCONTROLLERSREQUEST']._serialized_end=268
-  _globals['_LISTCONTROLLERSRESPONSE']._serialized_start=270
-  _globals['_LISTCONTROLLERSRESPONSE']._serialized_end=370
-  _globals['_LISTCOORDINATORSREQUEST']._serialized_start=372
-  _globals['_LISTCOORDINATORSREQUEST']._serialized_end=436
-  _globals['_LISTCOORDINATORSRESPONSE']._serialized_start=438
-  _globals['_LISTCOORDINATORSRESPONSE']._serialized_end=538
-  _globals['_CONTROLLERSERVICE']._serialized_start=540
-  _globals['_CONTROLLERSERVICE']._serialized_end=655
-  _globals['_COORDINATORSERVICE']._serialized_start=657
-  _globals['_COORDINATORSERVICE']._serialized_end=776
+  _globals['_CONTROLLERSTATUS']._serialized_start=77
+  _globals['_CONTROLLERSTATUS']._serialized_end=240
+  _globals['_LISTCONTROLLERSREQUEST']._serialized_start=242
+  _globals['_LISTCONTROLLERSREQUEST']._serialized_end=305
+  _globals['_LISTCONTROLLERSRESPONSE']._serialized_start=307
+  _globals['_LISTCONTROLLERSRESPONSE']._serialized_end=407
+  _globals['_LISTCOORDINATORSREQUEST']._serialized_start=409
+  _globals['_LISTCOORDINATORSREQUEST']._serialized_end=473
+  _globals['_LISTCOORDINATORSRESPONSE']._serialized_start=475
+  _globals['_LISTCOORDINATORSRESPONSE']._serialized_end=575
+  _globals['_CONTROLLERSERVICE']._serialized_start=577
+  _globals['_CONTROLLERSERVICE']._serialized_end=692
+  _globals['_COORDINATORSERVICE']._serialized_start=694
+  _globals['_COORDINATORSERVICE']._serialized_end=813
 # @@protoc_insertion_point(module_scope)

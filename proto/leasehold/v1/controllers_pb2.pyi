@@ -22,6 +22,7 @@ class ControllerStatus(google.protobuf.message.Message):
     CONTROLLER_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     FAILURES_FIELD_NUMBER: builtins.int
+    DRAIN_FIELD_NUMBER: builtins.int
     @property
     def controller(self) -> leasehold.v1.records_pb2.Controller:
         """Its registration."""
@@ -34,15 +35,20 @@ class ControllerStatus(google.protobuf.message.Message):
     def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Availability]:
         """What has lately kept it from serving devices, by device."""
 
+    @property
+    def drain(self) -> leasehold.v1.records_pb2.Drain:
+        """The order to drain it; unset while there is none."""
+
     def __init__(
         self,
         *,
         controller: leasehold.v1.records_pb2.Controller | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         failures: collections.abc.Iterable[leasehold.v1.records_pb2.Availability] | None = ...,
+        drain: leasehold.v1.records_pb2.Drain | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["controller", b"controller"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "devices", b"devices", "failures", b"failures"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["controller", b"controller", "drain", b"drain"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "devices", b"devices", "drain", b"drain", "failures", b"failures"]) -> None: ...
 
 global___ControllerStatus = ControllerStatus
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from leasehold.v1 import records_pb2 as leasehold_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/v1/devices.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"2\n\tCandidate\x12\x12\n\ncontroller\x18\x01 \x01(\t\x12\x11\n\thindrance\x18\x02 \x01(\t\"\xa0\x02\n\x0c\x44\x65viceStatus\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12$\n\x06holder\x18\x02 \x01(\x0b\x32\x14.leasehold.v1.Holder\x12$\n\x06\x65pochs\x18\x03 \x01(\x0b\x32\x14.leasehold.v1.Epochs\x12\x0e\n\x06queued\x18\x04 \x01(\x05\x12#\n\x06grants\x18\x05 \x03(\x0b\x32\x13.leasehold.v1.Grant\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12+\n\ncandidates\x18\n \x03(\x0b\x32\x17.leasehold.v1.Candidate\"e\n\x13\x43reateDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x11\n\tunchecked\x18\x03 \x01(\x08\"B\n\x14\x43reateDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"\"\n\x10GetDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"?\n\x11GetDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\";\n\x12ListDevicesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x13ListDevicesResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.leasehold.v1.DeviceStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"s\n\x13UpdateDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x11\n\tunchecked\x18\x04 \x01(\x08\"B\n\x14UpdateDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"%\n\x13\x44\x65leteDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteDeviceResponse\"K\n\x15TransferDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\ncontroller\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"D\n\x16TransferDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"Z\n\x12\x43onfirmDeadRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\ncontroller\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\"Q\n\x13\x43onfirmDeadResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x32\xe7\x04\n\rDeviceService\x12U\n\x0c\x43reateDevice\x12!.leasehold.v1.CreateDeviceRequest\x1a\".leasehold.v1.CreateDeviceResponse\x12L\n\tGetDevice\x12\x1e.leasehold.v1.GetDeviceRequest\x1a\x1f.leasehold.v1.GetDeviceResponse\x12R\n\x0bListDevices\x12 .leasehold.v1.ListDevicesRequest\x1a!.leasehold.v1.ListDevicesResponse\x12U\n\x0cUpdateDevice\x12!.leasehold.v1.UpdateDeviceRequest\x1a\".leasehold.v1.UpdateDeviceResponse\x12U\n\x0c\x44\x65leteDevice\x12!.leasehold.v1.DeleteDeviceRequest\x1a\".leasehold.v1.DeleteDeviceResponse\x12[\n\x0eTransferDevice\x12#.leasehold.v1.TransferDeviceRequest\x1a$.leasehold.v1.TransferDeviceResponse\x12R\n\x0b\x43onfirmDead\x12 .leasehold.v1.ConfirmDeadRequest\x1a!.leasehold.v1.ConfirmDeadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleasehold/v1/devices.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\"2\n\tCandidate\x12\x12\n\ncontroller\x18\x01 \x01(\t\x12\x11\n\thindrance\x18\x02 \x01(\t\"\xc4\x02\n\x0c\x44\x65viceStatus\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12$\n\x06holder\x18\x02 \x01(\x0b\x32\x14.leasehold.v1.Holder\x12$\n\x06\x65pochs\x18\x03 \x01(\x0b\x32\x14.leasehold.v1.Epochs\x12\x0e\n\x06queued\x18\x04 \x01(\x05\x12#\n\x06grants\x18\x05 \x03(\x0b\x32\x13.leasehold.v1.Grant\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12+\n\ncandidates\x18\n \x03(\x0b\x32\x17.leasehold.v1.Candidate\x12\"\n\x05pause\x18\x0b \x01(\x0b\x32\x13.leasehold.v1.Pause\"e\n\x13\x43reateDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x11\n\tunchecked\x18\x03 \x01(\x08\"B\n\x14\x43reateDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"\"\n\x10GetDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"?\n\x11GetDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\";\n\x12ListDevicesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x13ListDevicesResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.leasehold.v1.DeviceStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"s\n\x13UpdateDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x11\n\tunchecked\x18\x04 \x01(\x08\"B\n\x14UpdateDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"%\n\x13\x44\x65leteDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteDeviceResponse\"K\n\x15TransferDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\ncontroller\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"D\n\x16TransferDeviceResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\"Z\n\x12\x43onfirmDeadRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\ncontroller\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\"Q\n\x13\x43onfirmDeadResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.leasehold.v1.DeviceStatus\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x32\xe7\x04\n\rDeviceService\x12U\n\x0c\x43reateDevice\x12!.leasehold.v1.CreateDeviceRequest\x1a\".leasehold.v1.CreateDeviceResponse\x12L\n\tGetDevice\x12\x1e.leasehold.v1.GetDeviceRequest\x1a\x1f.leasehold.v1.GetDeviceResponse\x12R\n\x0bListDevices\x12 .leasehold.v1.ListDevicesRequest\x1a!.leasehold.v1.ListDevicesResponse\x12U\n\x0cUpdateDevice\x12!.leasehold.v1.UpdateDeviceRequest\x1a\".leasehold.v1.UpdateDeviceResponse\x12U\n\x0c\x44\x65leteDevice\x12!.leasehold.v1.DeleteDeviceRequest\x1a\".leasehold.v1.DeleteDeviceResponse\x12[\n\x0eTransferDevice\x12#.leasehold.v1.TransferDeviceRequest\x1a$.leasehold.v1.TransferDeviceResponse\x12R\n\x0b\x43onfirmDead\x12 .leasehold.v1.ConfirmDeadRequest\x1a!.leasehold.v1.ConfirmDeadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,35 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANDIDATE']._serialized_start=72
   _globals['_CANDIDATE']._serialized_end=122
   _globals['_DEVICESTATUS']._serialized_start=125
-  _globals['_DEVICESTATUS']._serialized_end=413
-  _globals['_CREATEDEVICEREQUEST']._serialized_start=415
-  _globals['_CREATEDEVICEREQUEST']._serialized_end=516
-  _globals['_CREATEDEVICERESPONSE']._serialized_start=518
-  _globals['_CREATEDEVICERESPONSE']._serialized_end=584
-  _globals['_GETDEVICEREQUEST']._serialized_start=586
-  _globals['_GETDEVICEREQUEST']._serialized_end=620
-  _globals['_GETDEVICERESPONSE']._serialized_start=622
-  _globals['_GETDEVICERESPONSE']._serialized_end=685
-  _globals['_LISTDEVICESREQUEST']._serialized_start=687
-  _globals['_LISTDEVICESREQUEST']._serialized_end=746
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=748
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=840
-  _globals['_UPDATEDEVICEREQUEST']._serialized_start=842
-  _globals['_UPDATEDEVICEREQUEST']._serialized_end=957
-  _globals['_UPDATEDEVICERESPONSE']._serialized_start=959
-  _globals['_UPDATEDEVICERESPONSE']._serialized_end=1025
-  _globals['_DELETEDEVICEREQUEST']._serialized_start=1027
-  _globals['_DELETEDEVICEREQUEST']._serialized_end=1064
-  _globals['_DELETEDEVICERESPONSE']._serialized_start=1066
-  _globals['_DELETEDEVICERESPONSE']._serialized_end=1088
-  _globals['_TRANSFERDEVICEREQUEST']._serialized_start=1090
-  _globals['_TRANSFERDEVICEREQUEST']._serialized_end=1165
-  _globals['_TRANSFERDEVICERESPONSE']._serialized_start=1167
-  _globals['_TRANSFERDEVICERESPONSE']._serialized_end=1235
-  _globals['_CONFIRMDEADREQUEST']._serialized_start=1237
-  _globals['_CONFIRMDEADREQUEST']._serialized_end=1327
-  _globals['_CONFIRMDEADRESPONSE']._serialized_start=1329
-  _globals['_CONFIRMDEADRESPONSE']._serialized_end=1410
-  _globals['_DEVICESERVICE']._serialized_start=1413
-  _globals['_DEVICESERVICE']._serialized_end=2028
+  _globals['_DEVICESTATUS']._serialized_end=449
+  _globals['_CREATEDEVICEREQUEST']._serialized_start=451
+  _globals['_CREATEDEVICEREQUEST']._serialized_end=552
+  _globals['_CREATEDEVICERESPONSE']._serialized_start=554
+  _globals['_CREATEDEVICERESPONSE']._serialized_end=620
+  _globals['_GETDEVICEREQUEST']._serialized_start=622
+  _globals['_GETDEVICEREQUEST']._serialized_end=656
+  _globals['_GETDEVICERESPONSE']._serialized_start=658
+  _globals['_GETDEVICERESPONSE']._serialized_end=721
+  _globals['_LISTDEVICESREQUEST']._serialized_start=723
+  _globals['_LISTDEVICESREQUEST']._serialized_end=782
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=784
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=876
+  _globals['_UPDATEDEVICEREQUEST']._serialized_start=878
+  _globals['_UPDATEDEVICEREQUEST']._serialized_end=993
+  _globals['_UPDATEDEVICERESPONSE']._serialized_start=995
+  _globals['_UPDATEDEVICERESPONSE']._serialized_end=1061
+  _globals['_DELETEDEVICEREQUEST']._serialized_start=1063
+  _globals['_DELETEDEVICEREQUEST']._serialized_end=1100
+  _globals['_DELETEDEVICERESPONSE']._serialized_start=1102
+  _globals['_DELETEDEVICERESPONSE']._serialized_end=1124
+  _globals['_TRANSFERDEVICEREQUEST']._serialized_start=1126
+  _globals['_TRANSFERDEVICEREQUEST']._serialized_end=1201
+  _globals['_TRANSFERDEVICERESPONSE']._serialized_start=1203
+  _globals['_TRANSFERDEVICERESPONSE']._serialized_end=1271
+  _globals['_CONFIRMDEADREQUEST']._serialized_start=1273
+  _globals['_CONFIRMDEADREQUEST']._serialized_end=1363
+  _globals['_CONFIRMDEADRESPONSE']._serialized_start=1365
+  _globals['_CONFIRMDEADRESPONSE']._serialized_end=1446
+  _globals['_DEVICESERVICE']._serialized_start=1449
+  _globals['_DEVICESERVICE']._serialized_end=2064
 # @@protoc_insertion_point(module_scope)

@@ -51,6 +51,7 @@ class DeviceStatus(google.protobuf.message.Message):
     ETAG_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     CANDIDATES_FIELD_NUMBER: builtins.int
+    PAUSE_FIELD_NUMBER: builtins.int
     queued: builtins.int
     """How many requests wait for it."""
     reason: builtins.str
@@ -83,6 +84,10 @@ class DeviceStatus(google.protobuf.message.Message):
     def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
         """Who could serve it, best first, then those who could not. From GetDevice only."""
 
+    @property
+    def pause(self) -> leasehold.v1.records_pb2.Pause:
+        """The order that keeps its control from changing by itself; unset while there is none."""
+
     def __init__(
         self,
         *,
@@ -96,9 +101,10 @@ class DeviceStatus(google.protobuf.message.Message):
         etag: builtins.str = ...,
         path: builtins.str = ...,
         candidates: collections.abc.Iterable[global___Candidate] | None = ...,
+        pause: leasehold.v1.records_pb2.Pause | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "holder", b"holder"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "path", b"path", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["device", b"device", "epochs", b"epochs", "holder", b"holder", "pause", b"pause"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "device", b"device", "epochs", b"epochs", "etag", b"etag", "grants", b"grants", "holder", b"holder", "path", b"path", "pause", b"pause", "queued", b"queued", "reason", b"reason", "revision", b"revision"]) -> None: ...
 
 global___DeviceStatus = DeviceStatus
 

@@ -252,7 +252,7 @@ class GetMaintenanceResponse(google.protobuf.message.Message):
 
     @property
     def pauses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[leasehold.v1.records_pb2.Pause]:
-        """The devices that are paused."""
+        """The devices that are paused. None if a controller was named."""
 
     def __init__(
         self,

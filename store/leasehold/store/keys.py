@@ -87,8 +87,12 @@ class Keys:
     def pool_entry(self, request: RequestId) -> str:
         return f"{self.pool_queue}{request}"
 
+    @property
+    def drains(self) -> str:
+        return f"{self.prefix}drains/"
+
     def drain(self, controller: ControllerId) -> str:
-        return f"{self.prefix}drains/{controller}"
+        return f"{self.drains}{controller}"
 
     @property
     def pauses(self) -> str:
