@@ -24,6 +24,7 @@ from leasehold.client.commands import (
     maintenance,
     request,
     version,
+    why,
 )
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
@@ -73,6 +74,7 @@ app.command(epilog=CODES)(device.apply)
 app.add_typer(device.delete, name="delete")
 app.command(epilog=CODES)(device.transfer)
 app.command("confirm-dead", epilog=CODES)(confirm.confirm_dead)
+app.command(epilog=CODES)(why.why)
 app.command(epilog=CODES)(maintenance.drain)
 app.command(epilog=CODES)(maintenance.undrain)
 app.command(epilog=CODES)(maintenance.pause)

@@ -21,6 +21,7 @@ from leasehold.v1 import (
     access_pb2,
     controllers_pb2,
     devices_pb2,
+    explanations_pb2,
     history_pb2,
     maintenance_pb2,
     records_pb2,
@@ -248,6 +249,12 @@ class Leasehold:
             operator=operator or default_client(),
         )
         answer: devices_pb2.ConfirmDeadResponse = await self._ask(stubs.devices, "ConfirmDead", request)
+        return answer
+
+    async def why(self, *, request: str = "", device: str = "") -> explanations_pb2.ExplainResponse:
+        """Why a request waits or a device stands as it does, and what would help. Raises `NotFound`."""
+        asked = made(explanations_pb2.ExplainRequest, request_id=request, device=device)
+        answer: explanations_pb2.ExplainResponse = await self._ask(stubs.explanations, "Explain", asked)
         return answer
 
     async def drain(self, controller: str, *, reason: str, operator: str = "") -> maintenance_pb2.DrainStatus:

@@ -11,6 +11,7 @@ from leasehold.v1 import (
     access_pb2_grpc,
     controllers_pb2_grpc,
     devices_pb2_grpc,
+    explanations_pb2_grpc,
     history_pb2_grpc,
     maintenance_pb2_grpc,
 )
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from leasehold.v1.access_pb2_grpc import AccessServiceAsyncStub
     from leasehold.v1.controllers_pb2_grpc import ControllerServiceAsyncStub, CoordinatorServiceAsyncStub
     from leasehold.v1.devices_pb2_grpc import DeviceServiceAsyncStub
+    from leasehold.v1.explanations_pb2_grpc import ExplanationServiceAsyncStub
     from leasehold.v1.history_pb2_grpc import HistoryServiceAsyncStub
     from leasehold.v1.maintenance_pb2_grpc import MaintenanceServiceAsyncStub
 
@@ -45,3 +47,7 @@ def history(channel: grpc.aio.Channel) -> "HistoryServiceAsyncStub":
 
 def maintenance(channel: grpc.aio.Channel) -> "MaintenanceServiceAsyncStub":
     return cast("MaintenanceServiceAsyncStub", maintenance_pb2_grpc.MaintenanceServiceStub(channel))
+
+
+def explanations(channel: grpc.aio.Channel) -> "ExplanationServiceAsyncStub":
+    return cast("ExplanationServiceAsyncStub", explanations_pb2_grpc.ExplanationServiceStub(channel))

@@ -22,7 +22,15 @@ from leasehold.client import connection
 from leasehold.client.asking import Asking, Wanted
 from leasehold.client.changes import Change, Progress
 from leasehold.client.tls import Security
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
+from leasehold.v1 import (
+    access_pb2,
+    controllers_pb2,
+    devices_pb2,
+    explanations_pb2,
+    history_pb2,
+    maintenance_pb2,
+    records_pb2,
+)
 
 __all__ = ["Access", "Leasehold", "connect"]
 
@@ -160,6 +168,9 @@ class Leasehold:
         self, device: str, controller: str, *, reason: str, operator: str = ""
     ) -> devices_pb2.ConfirmDeadResponse:
         return self.wait(self._inner.confirm_dead(device, controller, reason=reason, operator=operator))
+
+    def why(self, *, request: str = "", device: str = "") -> explanations_pb2.ExplainResponse:
+        return self.wait(self._inner.why(request=request, device=device))
 
     def drain(self, controller: str, *, reason: str, operator: str = "") -> maintenance_pb2.DrainStatus:
         return self.wait(self._inner.drain(controller, reason=reason, operator=operator))

@@ -28,7 +28,14 @@ from leasehold.store.keys import Keys
 from leasehold.store.kv import KeyValue
 from leasehold.store.records import Coordinator
 from leasehold.store.watch import Batch, EventKind, Gap, follow
-from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2
+from leasehold.v1 import (
+    access_pb2,
+    controllers_pb2,
+    devices_pb2,
+    explanations_pb2,
+    history_pb2,
+    maintenance_pb2,
+)
 
 Stub = Any
 """A callable of the channel. The types of grpc know no call that passes bytes through."""
@@ -41,7 +48,7 @@ _OURS = frozenset({"user-agent", "content-type", "te", "host", caller.RELAY, cal
 
 
 def _streaming_methods() -> dict[str, bool]:
-    files = (access_pb2, devices_pb2, controllers_pb2, history_pb2, maintenance_pb2)
+    files = (access_pb2, devices_pb2, controllers_pb2, explanations_pb2, history_pb2, maintenance_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     return {
         f"/{service.full_name}/{method.name}": method.server_streaming

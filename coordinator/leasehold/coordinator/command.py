@@ -15,6 +15,7 @@ from leasehold.coordinator.checking import Checker
 from leasehold.coordinator.cluster import NOTHING, Cluster, notified
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.devices import DeviceService
+from leasehold.coordinator.explanations import ExplanationService
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.lists import ControllerService, CoordinatorService, HistoryService
@@ -36,6 +37,7 @@ from leasehold.v1 import (
     access_pb2_grpc,
     controllers_pb2_grpc,
     devices_pb2_grpc,
+    explanations_pb2_grpc,
     history_pb2_grpc,
     maintenance_pb2_grpc,
 )
@@ -46,7 +48,7 @@ DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
 
 SERVICES = tuple(
     f"leasehold.v1.{name}Service"
-    for name in ("Access", "Device", "Controller", "Coordinator", "History", "Maintenance")
+    for name in ("Access", "Device", "Controller", "Coordinator", "History", "Maintenance", "Explanation")
 )
 GRACE = 1.0
 """Seconds that calls under way have to end once the coordinator stops. Streams do not end by themselves, and
@@ -127,6 +129,9 @@ async def _serve(config: CoordinatorConfig) -> None:
             CoordinatorService(ledger, admission), add
         )
         history_pb2_grpc.add_HistoryServiceServicer_to_server(HistoryService(ledger, admission), add)
+        explanations_pb2_grpc.add_ExplanationServiceServicer_to_server(
+            ExplanationService(cluster, ledger.kv, admission), add
+        )
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(
             MaintenanceService(ledger, admission), add
         )
