@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from leasehold.client import output
 from leasehold.client.errors import NotFound
 from leasehold.client.modes import mode_name
+from leasehold.client.policies import Policies
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
             ("TTL", f"{spec.ttl_seconds} s" if spec.ttl_seconds else "the default"),
             ("Takeover", output.takeover(spec)),
             *([("Path template", spec.path_template)] if spec.path_template else []),
+            *_policies(Policies.of(spec)),
             ("Etag", status.etag),
         ]
     able = [(item.controller, item.hindrance or "could be given it") for item in status.candidates]
@@ -87,6 +89,7 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
         ("State", "DRAINING: gives up its devices, takes no new ones" if record.draining else "REGISTERED"),
         ("Endpoint", record.endpoint),
         ("Data host", record.data_host),
+        *([("Host", record.host)] if record.host else []),
         ("Drivers", ", ".join(record.drivers)),
         *([("Fencer lacks", ", ".join(record.fencer_lacks))] if record.fencer_lacks else []),
         ("Version", record.software),
@@ -146,6 +149,20 @@ async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
         fields.append(("Device is", f"{output.device_state(device)} {device.holder.controller}".strip()))
     own = [item for item in history if item.change.request == name]
     return [*_fields(fields), *_changes(own)]
+
+
+def _policies(policies: Policies) -> list[tuple[str, str]]:
+    seconds = {
+        "Grace": policies.preemption_grace,
+        "Least hold": policies.min_hold,
+        "Cool-down": policies.cool_down,
+    }
+    return [
+        *(("Label", f"{name}={policies.labels[name]}") for name in sorted(policies.labels)),
+        ("Pre-emption", policies.preemption),
+        *((name, f"{value} s") for name, value in seconds.items() if value),
+        ("Fail-back", policies.fail_back),
+    ]
 
 
 def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.AccessStatus]) -> list[str]:

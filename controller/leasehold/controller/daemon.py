@@ -244,6 +244,7 @@ class Daemon:
             fencer_lacks=self._fencer.lacks,
             fences={name: driver.fence_kind.value for name, driver in self.context.drivers.items()},
             session_ttl_seconds=config.timing.session_ttl,
+            host=config.host,
         )
 
     async def _keep_session(self) -> None:
