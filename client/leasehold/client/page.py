@@ -110,11 +110,14 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
     failed = [
         (item.device, str(item.stuck_epoch or ""), str(item.failures), item.failed_at, item.reason)
         for item in status.failures
+        if item.failures or item.stuck_epoch
     ]
+    unreachable = [(item.device, item.unreachable) for item in status.failures if item.unreachable]
     return [
         *_fields(fields),
         *_table("Holds", heading, rows),
         *_table("Failed at", ("DEVICE", "STUCK IN", "FAILURES", "AT", "REASON"), failed),
+        *_table("Can not reach", ("DEVICE", "REASON"), unreachable),
         *_changes(history, device=True),
     ]
 

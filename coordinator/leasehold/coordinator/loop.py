@@ -8,6 +8,7 @@ no harm.
 What one look at a device may do, in this order:
 
     a client is gone       -> its request is cancelled, or its access ended with the path marked as exposed
+    an access lies idle    -> it is ended, with the path marked as exposed
     a request waited long  -> EXPIRED
     the planner decides    -> assign, direct, grant, reject, or nothing
 
@@ -18,6 +19,7 @@ import asyncio
 import logging
 
 from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.idleness import Idleness
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.planner import Decision, Reject, Wait, plan
 from leasehold.coordinator.view import DeviceView, Waiting
@@ -44,8 +46,11 @@ PAUSE = 10.0
 class Loop:
     """See the module. `look` may be called at any time on the event loop; `run` does the work."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, name: CoordinatorId) -> None:
+    def __init__(
+        self, cluster: Cluster, ledger: Ledger, name: CoordinatorId, idleness: Idleness | None = None
+    ) -> None:
         self._cluster = cluster
+        self._idleness = idleness
         self._ledger = ledger
         self._name = name
         self._dirty: set[DeviceId] = set()
@@ -114,6 +119,9 @@ class Loop:
 
     async def _sync(self, device: DeviceId) -> None:
         if await self._depart(device):
+            self._again(device)
+            return
+        if await self._end_idle(device):
             self._again(device)
             return
         view = self._cluster.view(device)
@@ -190,6 +198,34 @@ class Loop:
                 )
             ended = True
         return ended
+
+    async def _end_idle(self, device: DeviceId) -> bool:
+        """End accesses that nobody makes use of. Whether there was any."""
+        if self._idleness is None:
+            return False
+        found = await self._idleness.look(device)
+        if found.again is not None:
+            self._later(device, found.again)
+        for idle in found.over:
+            outcome = await self._ledger.commit(
+                requests.end(
+                    self._ledger.keys,
+                    self._cluster.state(device),
+                    idle.request,
+                    reason=idle.reason,
+                    path_exposed=True,
+                )
+            )
+            if isinstance(outcome, Applied):
+                request = idle.request.value
+                _log.warning(
+                    "device %s: access %s of %s ended: %s",
+                    device,
+                    request.request,
+                    request.client,
+                    idle.reason,
+                )
+        return bool(found.over)
 
     def _expired(self, view: DeviceView) -> Waiting | None:
         """The first request that waits longer than it was willing to; the others are given a timer."""
