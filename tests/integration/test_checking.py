@@ -34,6 +34,9 @@ class Answering(checks_pb2_grpc.CheckServiceServicer):
             await asyncio.Event().wait()
         return self.answer
 
+    async def GetActivity(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        raise AssertionError("nobody has it")
+
 
 class Site:
     def __init__(self, installation: Installation, stack: contextlib.AsyncExitStack) -> None:

@@ -27,6 +27,7 @@ from leasehold.controller.driver import (
     BadParameters,
     Driver,
     DriverContext,
+    DriverError,
     FenceKind,
     NotProved,
 )
@@ -629,6 +630,58 @@ async def test_probe(site: Site) -> None:
     assert "neither a regular file" in str(await probe(site.directory))
     assert "neither a regular file" in str(await probe(site.directory / "fifo"))
     assert "is empty" in str(await probe(empty))
+
+
+async def test_who_was_not_found_out_about_is_not_out_of_reach(site: Site) -> None:
+    os.kill(site.pid("disk-1"), signal.SIGSTOP)
+    with pytest.raises(DriverError, match="did not answer examine"):
+        await site.driver.probe("disk-1", {"backing": str(site.image("disk-1"))})
+    os.kill(site.pid("disk-1"), signal.SIGCONT)
+
+
+def idle(site: Site, device: str, epoch: int) -> float:
+    found = site.driver.idle(device, epoch)
+    assert found is not None
+    return found
+
+
+async def test_reading_and_writing_is_seen_and_flushing_is_not(site: Site) -> None:
+    _, uri = await site.activate("disk-1", 3)
+    assert site.driver.idle("disk-1", 2) is None
+    assert site.driver.idle("disk-2", 3) is None
+    with Client(uri) as client:
+        for command in (READ, WRITE):
+            await until(lambda: idle(site, "disk-1", 3) > 0.2)
+            assert client.ask(FLUSH) == 0
+            await until(lambda: idle(site, "disk-1", 3) > 0.2)
+            if command == READ:
+                client.send(READ, 0, 4096)
+                assert client.reply() == 0
+                client.take(4096)
+            else:
+                assert client.ask(WRITE, 0, data=bytes(4096)) == 0
+            await until(lambda: idle(site, "disk-1", 3) < 0.2)
+
+
+async def test_who_is_still_inside_is_not_idle(site: Site) -> None:
+    _, uri = await site.activate("disk-1", 3)
+    with Client(uri) as client:
+        await until(lambda: idle(site, "disk-1", 3) > 0.2)
+        # Its data is still to come.
+        client.send(WRITE, 0, 4096)
+        await until(lambda: idle(site, "disk-1", 3) == 0.0)
+        client.sock.sendall(bytes(4096))
+        assert client.reply() == 0
+        await until(lambda: idle(site, "disk-1", 3) > 0.0)
+
+
+async def test_a_new_worker_counts_from_its_own_beginning(site: Site) -> None:
+    activation, _ = await site.activate("disk-1", 3)
+    await until(lambda: idle(site, "disk-1", 3) > 0.5)
+    os.kill(site.pid("disk-1"), signal.SIGKILL)
+    await until(lambda: (site.driver.idle("disk-1", 3) or 1.0) < 0.5)
+    await site.driver.deactivate(activation, drain=1)
+    assert site.driver.idle("disk-1", 3) is None
 
 
 async def test_the_entry_point(site: Site) -> None:

@@ -131,12 +131,21 @@ def test_create_device(coordinator: FakeCoordinator, tmp_path: Path) -> None:
         status=devices_pb2.DeviceStatus(device=request.device)
     )
     image = tmp_path / "image"
-    options = ("--backing", str(image), "-p", "mode=a=b", "--controllers", "b,a", "--ttl", "7")
+    options = (
+        *("--backing", str(image), "-p", "mode=a=b", "--controllers", "b,a", "--ttl", "7"),
+        *("--label", "pool=gold", "--label", "kind=a=b", "--preemption", "at-safe-point"),
+        *("--preemption-grace", "60", "--min-hold", "300", "--cool-down", "30", "--fail-back", "preferred"),
+    )
     assert invoke("create", "device", "d1", *options, coordinator=coordinator).exit_code == 0
     ((_, asked),) = coordinator.calls
     assert asked.device.parameters == {"backing": str(image), "mode": "a=b"}
     assert list(asked.device.controllers) == ["b", "a"]
     assert (asked.device.driver, asked.device.ttl_seconds) == ("nbd", 7)
+    assert asked.device.labels == {"pool": "gold", "kind": "a=b"}
+    assert asked.device.preemption == records_pb2.PREEMPTION_POLICY_AT_SAFE_POINT
+    assert asked.device.fail_back == records_pb2.FAIL_BACK_POLICY_PREFERRED
+    times = (asked.device.preemption_grace_seconds, asked.device.min_hold_seconds)
+    assert (*times, asked.device.cool_down_seconds) == (60, 300, 30)
     wrong = invoke("create", "device", "d1", "-p", "nothing", coordinator=coordinator)
     assert wrong.exit_code == exits.USAGE
     assert "KEY=VALUE" in wrong.stderr

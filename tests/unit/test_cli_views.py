@@ -34,7 +34,18 @@ def leasehold(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandLine]:
 def device(name: str = "d1", *, epoch: int = 7, revision: int = 20) -> devices_pb2.DeviceStatus:
     """Held by `a`, with a client that has access and one that waits."""
     return devices_pb2.DeviceStatus(
-        device=records_pb2.Device(device=name, driver="nbd", parameters={"backing": "/x"}, ttl_seconds=5),
+        device=records_pb2.Device(
+            device=name,
+            driver="nbd",
+            parameters={"backing": "/x"},
+            ttl_seconds=5,
+            labels={"pool": "gold", "kind": "tape"},
+            preemption=records_pb2.PREEMPTION_POLICY_LOWER,
+            preemption_grace_seconds=60,
+            min_hold_seconds=300,
+            cool_down_seconds=30,
+            fail_back=records_pb2.FAIL_BACK_POLICY_PREFERRED,
+        ),
         holder=records_pb2.Holder(
             device=name,
             controller="a",
@@ -123,18 +134,19 @@ HISTORY = (
 def test_wide_has_more_columns_and_yaml_is_json_in_yaml(leasehold: CommandLine) -> None:
     leasehold.answer(ListDevices=devices(device()))
     heading, row = leasehold("get", "devices", "-o", "wide").stdout.splitlines()
-    assert heading.split()[-9:] == [
+    assert heading.split()[-10:] == [
         "DRIVER",
         "CONTROLLERS",
         "TTL",
         "TAKEOVER",
         "TEMPLATE",
+        "LABELS",
         "CLIENTS",
         "READ-ONLY",
         "UNRELEASED",
         "ETAG",
     ]
-    assert row.split()[-8:] == ["nbd", "any", "5", "hold-off", "me", "no", "3,7", "11"]
+    assert row.split()[-9:] == ["nbd", "any", "5", "hold-off", "kind=tape,pool=gold", "me", "no", "3,7", "11"]
     assert leasehold("get", "devices", "-o", "name").stdout == "d1\n"
     as_json = json.loads(leasehold("get", "devices", "-o", "json").stdout)
     assert yaml.safe_load(leasehold("get", "devices", "-o", "yaml").stdout) == as_json
@@ -277,6 +289,13 @@ def test_describe_device(leasehold: CommandLine) -> None:
         "Unreleased: epoch 3 of z",
         "Parameter: backing=/x",
         "Serves: for reading and writing",
+        "Label: kind=tape",
+        "Label: pool=gold",
+        "Pre-emption: lower",
+        "Grace: 60 s",
+        "Least hold: 300 s",
+        "Cool-down: 30 s",
+        "Fail-back: preferred",
         "a could be given it",
         "b is draining",
         "r1 me exclusive a 7 then",
@@ -305,6 +324,7 @@ def test_describe_controller(leasehold: CommandLine) -> None:
     registered = records_pb2.Controller(
         controller="a", endpoint="h:1", drivers=["nbd"], software="0.1.0", fencer_lacks=["a watchdog", "luck"]
     )
+    registered.host = "node-7"
     other = change(1, records_pb2.CHANGE_KIND_RELEASED, 40, name="d9")
     other.change.gained.controller = other.change.lost.controller = "b"
     leasehold.answer(
@@ -318,6 +338,7 @@ def test_describe_controller(leasehold: CommandLine) -> None:
     told = leasehold("describe", "controller", "a").stdout
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert "State: REGISTERED" in lines
+    assert "Host: node-7" in lines
     assert "Fencer lacks: a watchdog, luck" in lines
     assert "d1 ACTIVE 7 me 1" in lines
     assert "reason 2" in told

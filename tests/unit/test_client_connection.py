@@ -233,6 +233,12 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         ttl=7,
         strict=True,
         path_template="{path}?x",
+        labels={"pool": "gold"},
+        preemption="lower",
+        preemption_grace=60,
+        min_hold=300,
+        cool_down=30,
+        fail_back="preferred",
         unchecked=True,
     )
     assert first.calls[-1][1].unchecked
@@ -245,7 +251,24 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         ttl_seconds=7,
         takeover=records_pb2.TAKEOVER_POLICY_STRICT,
         path_template="{path}?x",
+        labels={"pool": "gold"},
+        preemption=records_pb2.PREEMPTION_POLICY_LOWER,
+        preemption_grace_seconds=60,
+        min_hold_seconds=300,
+        cool_down_seconds=30,
+        fail_back=records_pb2.FAIL_BACK_POLICY_PREFERRED,
     )
+
+
+async def test_policies_that_there_are_not(leasehold: Leasehold, first: FakeCoordinator) -> None:
+    with pytest.raises(
+        BadRequest, match=r"^preemption 'always' is none .*: it is one of never, lo"
+    ) as caught:
+        await leasehold.create_device("d1", "nbd", preemption="always")
+    assert caught.value.metadata == {"field": "preemption"}
+    with pytest.raises(BadRequest, match=r"^fail_back 'home' is none .*: it is one of stay, preferred$"):
+        await leasehold.update_device("d1", "nbd", fail_back="home")
+    assert first.calls == []
 
 
 async def test_what_no_message_can_carry_is_named(leasehold: Leasehold) -> None:

@@ -301,6 +301,22 @@ def test_what_a_request_has_waited_is_counted_from_its_arrival_whatever_is_read_
     assert cluster.waited(late) == 0.0
 
 
+def test_what_is_not_reached_has_not_failed() -> None:
+    now = 0
+    content = Content(spec(), controller("a"))
+    cluster = Cluster(KEYS, lambda: now)
+    cluster.load(content.snapshot())
+    cluster.apply(content.put(replace(failing("a", 0), unreachable="gone")))
+    assert cluster.view(DISK).resting == {}
+    cluster.apply(content.put(failing("a", 3)))
+    now = 3 * SECOND
+    for unreachable in ("gone", ""):
+        cluster.apply(content.put(replace(failing("a", 3), unreachable=unreachable)))
+        assert cluster.view(DISK).resting == {"a": 1}, "its rest began anew"
+    cluster.apply(content.put(replace(failing("a", 4), unreachable="gone")))
+    assert cluster.view(DISK).resting == {"a": 8}
+
+
 def test_a_failure_from_before_is_not_waited_for() -> None:
     assert Content(spec(), failing("a", 9)).view().resting == {}
 

@@ -18,8 +18,10 @@ from leasehold.store.records import (
     AccessMode,
     ControllerId,
     DeviceId,
+    FailBackPolicy,
     InvalidId,
     LeaseId,
+    PreemptionPolicy,
     RequestId,
     RequestState,
     TakeoverPolicy,
@@ -149,6 +151,30 @@ def test_a_spec_is_taken_over() -> None:
     assert (spec.parameters, spec.ttl, spec.takeover) == ({"image": "/x y"}, 10, TakeoverPolicy.HOLD_OFF)
 
 
+def test_policies_up_to_their_limits() -> None:
+    labels = {f"l{number}": "x y" * 21 for number in range(16)}
+    spec = checked_spec(
+        records_pb2.Device(
+            device="d1",
+            driver="nbd",
+            labels=labels,
+            preemption=records_pb2.PREEMPTION_POLICY_AT_SAFE_POINT,
+            preemption_grace_seconds=3600,
+            min_hold_seconds=86400,
+            cool_down_seconds=86400,
+            fail_back=records_pb2.FAIL_BACK_POLICY_PREFERRED,
+        )
+    )
+    assert (spec.labels, spec.preemption) == (labels, PreemptionPolicy.AT_SAFE_POINT)
+    assert (spec.preemption_grace_seconds, spec.min_hold_seconds) == (3600, 86400)
+    assert (spec.cool_down_seconds, spec.fail_back) == (86400, FailBackPolicy.PREFERRED)
+
+
+def test_a_label_is_named_by_an_id() -> None:
+    with pytest.raises(InvalidId, match="labels 'Pool' is not an id"):
+        checked_spec(records_pb2.Device(device="d1", driver="nbd", labels={"Pool": "x"}))
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -158,6 +184,16 @@ def test_a_spec_is_taken_over() -> None:
         ({"ttl_seconds": 601}, "ttl_seconds"),
         ({"version": 2}, "version"),
         ({"takeover": 99}, "takeover"),
+        ({"labels": {f"l{number}": "x" for number in range(17)}}, "labels"),
+        ({"labels": {"pool": ""}}, "labels.pool"),
+        ({"labels": {"pool": "x" * 64}}, "labels.pool"),
+        ({"labels": {"pool": "a\n"}}, "labels.pool"),
+        ({"preemption": 99}, "preemption"),
+        ({"preemption_grace_seconds": 3601}, "preemption_grace_seconds"),
+        ({"preemption_grace_seconds": -1}, "preemption_grace_seconds"),
+        ({"min_hold_seconds": 86401}, "min_hold_seconds"),
+        ({"cool_down_seconds": -1}, "cool_down_seconds"),
+        ({"fail_back": 99}, "fail_back"),
         ({"parameters": {f"p{number}": "x" for number in range(65)}}, "parameters"),
         ({"parameters": {"image": "a\0b"}}, "parameters.image"),
         ({"parameters": {"image": "x" * 4097}}, "parameters.image"),

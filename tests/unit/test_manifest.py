@@ -4,6 +4,7 @@ import pytest
 
 from leasehold.client import exits
 from leasehold.client.manifest import BadFile, Entry, difference, parse
+from leasehold.client.policies import Policies
 from leasehold.v1 import devices_pb2, records_pb2
 
 
@@ -14,13 +15,23 @@ def test_one_device_and_the_defaults_of_its_fields() -> None:
 def test_every_field() -> None:
     (entry,) = parse(
         "{device: d1, driver: exec, parameters: {backing: /x, mode: '0644'}, controllers: [b, a], "
-        "ttl_seconds: 20, takeover: strict, version: 1, etag: '7', path_template: '{path}?x'}",
+        "ttl_seconds: 20, takeover: strict, version: 1, etag: '7', path_template: '{path}?x', "
+        "labels: {pool: gold, kind: tape}, preemption: at-safe-point, preemption_grace_seconds: 60, "
+        "min_hold_seconds: 300, cool_down_seconds: 30, fail_back: preferred}",
         "f",
     )
     assert entry.driver == "exec"
     assert entry.parameters == {"backing": "/x", "mode": "0644"}
     assert (entry.controllers, entry.ttl, entry.strict, entry.etag) == (("b", "a"), 20, True, "7")
     assert entry.path_template == "{path}?x"
+    assert entry.policies == Policies(
+        labels={"pool": "gold", "kind": "tape"},
+        preemption="at-safe-point",
+        preemption_grace=60,
+        min_hold=300,
+        cool_down=30,
+        fail_back="preferred",
+    )
 
 
 def test_documents_and_lists() -> None:
@@ -59,6 +70,19 @@ def test_what_get_prints_is_taken_with_its_etag(takeover: str) -> None:
         ("{device: d, ttl_seconds: -1}", "ttl_seconds: must be a whole number of seconds"),
         ("{device: d, ttl_seconds: true}", "ttl_seconds: must be a whole number of seconds"),
         ("{device: d, takeover: never}", "takeover: must be hold-off or strict, and is 'never'"),
+        ("{device: d, labels: [gold]}", "labels: must be a mapping, such as {pool: gold}"),
+        ("{device: d, labels: {size: 3}}", "labels.size: must be a text and is a number: put it in quotes"),
+        (
+            "{device: d, preemption: always}",
+            "preemption: must be one of never, lower, at-safe-point, and is 'always'",
+        ),
+        ("{device: d, preemption_grace_seconds: 1m}", "preemption_grace_seconds: must be a whole number"),
+        (
+            "{device: d, min_hold_seconds: -1}",
+            "min_hold_seconds: must be a whole number of seconds, 0 for n",
+        ),
+        ("{device: d, cool_down_seconds: 1.5}", "cool_down_seconds: must be a whole number of seconds"),
+        ("{device: d, fail_back: home}", "fail_back: must be one of stay, preferred, and is 'home'"),
         ("{device: d, version: 2}", "version: must be 1"),
         ("device: d\ndevice: e", "line 2: device stands there twice"),
         ("device: d\n---\ndevice: d", "device: d stands there already, as f, device number 1"),
@@ -91,6 +115,32 @@ def test_the_difference_is_told_by_field() -> None:
         "  - ttl_seconds: 5",
         "  + ttl_seconds: default",
     ]
+
+
+def test_the_difference_between_policies() -> None:
+    spec = records_pb2.Device(
+        device="d",
+        driver="nbd",
+        labels={"pool": "gold", "old": "x"},
+        preemption=records_pb2.PREEMPTION_POLICY_LOWER,
+        min_hold_seconds=5,
+    )
+    (entry,) = parse("{device: d, labels: {pool: tin}, cool_down_seconds: 7, fail_back: preferred}", "f")
+    assert difference(entry, devices_pb2.DeviceStatus(device=spec)) == [
+        "  + cool_down_seconds: 7",
+        "  + fail_back: preferred",
+        "  - labels.old: x",
+        "  - labels.pool: gold",
+        "  + labels.pool: tin",
+        "  - min_hold_seconds: 5",
+        "  - preemption: lower",
+    ]
+
+
+@pytest.mark.parametrize("word", ["AT_SAFE_POINT", "PREEMPTION_POLICY_AT_SAFE_POINT", "at-safe-point"])
+def test_policies_as_get_prints_them(word: str) -> None:
+    text = f"{{device: {{device: d, preemption: {word}, fail_back: FAIL_BACK_POLICY_UNSPECIFIED}}}}"
+    assert parse(text, "f")[0].policies == Policies(preemption="at-safe-point")
 
 
 def test_no_difference_but_in_words() -> None:

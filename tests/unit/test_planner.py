@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from leasehold.coordinator import planner
-from leasehold.coordinator.placement import can_ever_serve, place, refusal
+from leasehold.coordinator.placement import SOFTWARE, can_ever_serve, place, refusal
 from leasehold.coordinator.planner import Assign, Decision, Direct, Give, Reject, Wait, decide, plan
 from leasehold.coordinator.view import DeviceView
 from leasehold.store.records import ControllerId, DeviceId, Epoch, Epochs, HolderState, LeaseId, Record
@@ -92,6 +92,19 @@ CASES = (
         Assign,
         "a",
         "second",
+    ),
+    Case(
+        "free, the best does not reach it",
+        (spec("a", "b"), A, B, replace(failing("a", 0), unreachable="gone"), *pending("r")),
+        Assign,
+        "b",
+        "r",
+    ),
+    Case(
+        "free, nobody reaches it",
+        (spec("a"), A, replace(failing("a", 0), unreachable="gone"), *pending("r")),
+        Wait,
+        says="a can not reach it: gone",
     ),
     # 4. On its way.
     Case(
@@ -379,6 +392,13 @@ def test_equals_are_spread_over_the_devices() -> None:
         ((spec(),), "not registered"),
         ((spec(), controller("a", drivers=())), "does not have the driver nbd"),
         ((spec(), controller("a", draining=True)), "draining"),
+        ((spec(), A, replace(failing("a", 0), unreachable="/x: gone")), "can not reach it: /x: gone"),
+        ((spec(), A, failing("a", 2)), ""),
+        ((spec(), replace(A, software="77.1.0")), f"runs 77.1.0, and this coordinator {SOFTWARE}"),
+        ((spec(), replace(A, software=SOFTWARE)), ""),
+        ((spec(), replace(A, software=f"{SOFTWARE.split('.', maxsplit=1)[0]}.999")), ""),
+        ((spec(), replace(A, software="unknown")), ""),
+        ((spec(), replace(A, software="77")), ""),
         ((spec(), A), ""),
         ((spec("b", "a"), A), ""),
     ],

@@ -16,19 +16,35 @@ from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.limits import Limits
 from leasehold.coordinator.lists import HistoryService
 from leasehold.coordinator.reading import Reader
-from leasehold.coordinator.specs import Specs
+from leasehold.coordinator.specs import Specs, changed
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.api import ApiError
 from leasehold.store import ownership, requests
 from leasehold.store.codec import Stored
 from leasehold.store.ownership import Serving
-from leasehold.store.records import ControllerId, Device, DeviceId, TakeoverPolicy
+from leasehold.store.records import (
+    ControllerId,
+    Device,
+    DeviceId,
+    FailBackPolicy,
+    PreemptionPolicy,
+    TakeoverPolicy,
+)
 from leasehold.v1 import history_pb2
 
 A, B = ControllerId("a"), ControllerId("b")
 SPEC = Device(device=DISK, driver="nbd")
 HARMLESS = replace(SPEC, controllers=(B, A), ttl_seconds=7, takeover=TakeoverPolicy.STRICT)
 ANOTHER = replace(SPEC, parameters={"backing": "/other"})
+POLICIES = replace(
+    SPEC,
+    labels={"pool": "gold"},
+    preemption=PreemptionPolicy.LOWER,
+    preemption_grace_seconds=60,
+    min_hold_seconds=300,
+    cool_down_seconds=30,
+    fail_back=FailBackPolicy.PREFERRED,
+)
 TEMPLATED = replace(SPEC, path_template="{path}?x=1")
 
 
@@ -118,6 +134,25 @@ async def test_a_held_device_stays_the_device_it_is(installation: Installation, 
     assert "transfer it first" in (await refused(specs, replace(SPEC, controllers=(B,)))).message
     await specs.update(HARMLESS, "")
     assert (await standing(installation)).value == HARMLESS
+
+
+async def test_policies_change_while_a_client_has_access(installation: Installation, specs: Specs) -> None:
+    holder = await installation.controller("a")
+    waiting = await installation.submitted("r1")
+    await installation.activating(holder)
+    await installation.publish(Serving(request=waiting.request, attended=waiting.client is not None))
+    assert changed(SPEC, POLICIES) == [
+        "labels",
+        "preemption",
+        "preemption_grace_seconds",
+        "min_hold_seconds",
+        "cool_down_seconds",
+        "fail_back",
+    ]
+    before = (await installation.state()).holder
+    await specs.update(POLICIES, "")
+    assert (await standing(installation)).value == POLICIES
+    assert (await installation.state()).holder == before
 
 
 async def test_paths_stay_what_they_are_while_a_client_has_one(

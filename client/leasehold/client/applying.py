@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from leasehold.client.errors import LeaseholdError, NotFound
 from leasehold.client.manifest import Entry, difference
@@ -82,6 +82,9 @@ async def _change(
     leasehold: "Leasehold", step: Step, *, validate_only: bool, unchecked: bool
 ) -> devices_pb2.DeviceStatus:
     entry = step.entry
+    policies: dict[str, Any] = {
+        item.name: getattr(entry.policies, item.name) for item in fields(entry.policies)
+    }
     if not step.known:
         return await leasehold.create_device(
             entry.device,
@@ -91,6 +94,7 @@ async def _change(
             ttl=entry.ttl,
             strict=entry.strict,
             path_template=entry.path_template,
+            **policies,
             validate_only=validate_only,
             unchecked=unchecked,
         )
@@ -102,6 +106,7 @@ async def _change(
         ttl=entry.ttl,
         strict=entry.strict,
         path_template=entry.path_template,
+        **policies,
         etag=step.etag,
         validate_only=validate_only,
         unchecked=unchecked,

@@ -16,6 +16,7 @@ from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import TimedOut
 from leasehold.client.messages import made
+from leasehold.client.policies import Policies
 from leasehold.client.tls import Security
 from leasehold.v1 import (
     access_pb2,
@@ -137,6 +138,12 @@ class Leasehold:
         ttl: int = 0,
         strict: bool = False,
         path_template: str = "",
+        labels: Mapping[str, str] | None = None,
+        preemption: str = "never",
+        preemption_grace: int = 0,
+        min_hold: int = 0,
+        cool_down: int = 0,
+        fail_back: str = "stay",
         validate_only: bool = False,
         unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
@@ -147,13 +154,35 @@ class Leasehold:
         strict: a takeover waits a whole TTL longer.
         path_template: the URI that clients get instead of the driver's path, in which {device}, {controller},
             {data_host}, {epoch} and {path} are filled in.
+        labels: by what a request may choose among devices, {"pool": "a"} for instance.
+        preemption: "never"; "lower" if a client loses it to one that waits with a higher priority;
+            "at-safe-point" if it then loses it only once it says that it has stopped.
+        preemption_grace: seconds that it has to stop; 0 means the default.
+        min_hold: seconds for which a controller serves it at least before it goes elsewhere for a request.
+        cool_down: seconds for which it stays where it was used last before it goes elsewhere for a request.
+        fail_back: "stay"; "preferred" if it goes back to the first of its controllers when nobody uses it.
         validate_only: only find out whether it would be accepted.
         unchecked: no controller is asked whether it could serve the device. Otherwise raises `BadRequest` if
             the driver can not use the parameters, `Refused` if no controller could serve it: `reason` is
             BAD_PARAMETER, NO_SUCH_DRIVER or NOT_REACHABLE.
         """
+        policies = Policies(
+            labels=labels or {},
+            preemption=preemption,
+            preemption_grace=preemption_grace,
+            min_hold=min_hold,
+            cool_down=cool_down,
+            fail_back=fail_back,
+        )
         spec = _device_spec(
-            device, driver, parameters, controllers, ttl, strict=strict, path_template=path_template
+            device,
+            driver,
+            parameters,
+            controllers,
+            ttl,
+            strict=strict,
+            path_template=path_template,
+            policies=policies,
         )
         request = devices_pb2.CreateDeviceRequest(
             device=spec, validate_only=validate_only, unchecked=unchecked
@@ -171,6 +200,12 @@ class Leasehold:
         ttl: int = 0,
         strict: bool = False,
         path_template: str = "",
+        labels: Mapping[str, str] | None = None,
+        preemption: str = "never",
+        preemption_grace: int = 0,
+        min_hold: int = 0,
+        cool_down: int = 0,
+        fail_back: str = "stay",
         etag: str = "",
         validate_only: bool = False,
         unchecked: bool = False,
@@ -183,8 +218,23 @@ class Leasehold:
         controllers can not change while the device is held, nor path_template while a client has access:
         `reason` is ETAG_CHANGED or NOT_UPDATED.
         """
+        policies = Policies(
+            labels=labels or {},
+            preemption=preemption,
+            preemption_grace=preemption_grace,
+            min_hold=min_hold,
+            cool_down=cool_down,
+            fail_back=fail_back,
+        )
         spec = _device_spec(
-            device, driver, parameters, controllers, ttl, strict=strict, path_template=path_template
+            device,
+            driver,
+            parameters,
+            controllers,
+            ttl,
+            strict=strict,
+            path_template=path_template,
+            policies=policies,
         )
         request = made(
             devices_pb2.UpdateDeviceRequest,
@@ -412,6 +462,7 @@ def _device_spec(
     *,
     strict: bool,
     path_template: str,
+    policies: Policies,
 ) -> records_pb2.Device:
     return made(
         records_pb2.Device,
@@ -423,4 +474,5 @@ def _device_spec(
         ttl_seconds=ttl,
         takeover=records_pb2.TAKEOVER_POLICY_STRICT if strict else records_pb2.TAKEOVER_POLICY_HOLD_OFF,
         path_template=path_template,
+        **policies.message_fields(),
     )

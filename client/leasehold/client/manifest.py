@@ -10,6 +10,12 @@
     ttl_seconds: 20
     takeover: strict
     path_template: "nbd://{data_host}:10809/{device}-{epoch}"
+    labels: {pool: gold}
+    preemption: lower
+    preemption_grace_seconds: 60
+    min_hold_seconds: 300
+    cool_down_seconds: 30
+    fail_back: preferred
     ---
     device: disk-2
     parameters: {backing: /srv/disk-2.img}
@@ -20,11 +26,13 @@ entry then carries its etag, and is refused if the device was changed since.
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import yaml
 
 from leasehold.client.errors import BadRequest
+from leasehold.client.policies import FailBack, Policies, Preemption, spelled
 from leasehold.v1 import devices_pb2, records_pb2
 
 _FIELDS = (
@@ -36,6 +44,12 @@ _FIELDS = (
     "ttl_seconds",
     "takeover",
     "path_template",
+    "labels",
+    "preemption",
+    "preemption_grace_seconds",
+    "min_hold_seconds",
+    "cool_down_seconds",
+    "fail_back",
     "etag",
 )
 _TAKEOVER = {"HOLD_OFF": False, "UNSPECIFIED": False, "STRICT": True}
@@ -59,6 +73,7 @@ class Entry:
     strict: bool = False
     etag: str = ""
     path_template: str = ""
+    policies: Policies = field(default_factory=Policies)
 
     def fields(self) -> dict[str, str]:
         """What it says, for people, by field."""
@@ -67,6 +82,7 @@ class Entry:
             self.parameters,
             self.controllers,
             self.ttl,
+            self.policies,
             strict=self.strict,
             path_template=self.path_template,
         )
@@ -99,6 +115,7 @@ def difference(entry: Entry, status: devices_pb2.DeviceStatus | None) -> list[st
             spec.parameters,
             tuple(spec.controllers),
             spec.ttl_seconds,
+            Policies.of(spec),
             strict=strict,
             path_template=spec.path_template,
         )
@@ -115,6 +132,7 @@ def _fields(
     parameters: Mapping[str, str],
     controllers: tuple[str, ...],
     ttl: int,
+    policies: Policies,
     *,
     strict: bool,
     path_template: str,
@@ -126,6 +144,7 @@ def _fields(
         "ttl_seconds": str(ttl or "default"),
         "takeover": "strict" if strict else "hold-off",
         **({"path_template": path_template} if path_template else {}),
+        **policies.fields(),
     }
 
 
@@ -183,13 +202,32 @@ def _entry(where: str, found: Any) -> Entry:
         where=where,
         device=device,
         driver=_text(where, "driver", found.get("driver", "nbd")),
-        parameters=_parameters(where, found.get("parameters") or {}),
+        parameters=_texts(where, "parameters", found.get("parameters") or {}, "{backing: /srv/disk-1.img}"),
         controllers=_controllers(where, found.get("controllers") or []),
         ttl=_number(where, "ttl_seconds", found.get("ttl_seconds", 0)),
         strict=_takeover(where, found.get("takeover", "hold-off")),
         etag=_text(where, "etag", found.get("etag", etag), empty=True),
         path_template=_text(where, "path_template", found.get("path_template", ""), empty=True),
+        policies=_policies(where, found),
     )
+
+
+def _policies(where: str, found: Mapping[str, Any]) -> Policies:
+    return Policies(
+        labels=_texts(where, "labels", found.get("labels") or {}, "{pool: gold}"),
+        preemption=_policy(where, "preemption", found.get("preemption", "never"), Preemption),
+        preemption_grace=_number(where, "preemption_grace_seconds", found.get("preemption_grace_seconds", 0)),
+        min_hold=_number(where, "min_hold_seconds", found.get("min_hold_seconds", 0), default="none"),
+        cool_down=_number(where, "cool_down_seconds", found.get("cool_down_seconds", 0), default="none"),
+        fail_back=_policy(where, "fail_back", found.get("fail_back", "stay"), FailBack),
+    )
+
+
+def _policy(where: str, name: str, value: Any, policy: type[StrEnum]) -> str:
+    known = spelled(policy, str(value))
+    if known is None:
+        raise _bad(where, name, f"must be one of {', '.join(policy)}, and is {value!r}")
+    return known.value
 
 
 def _text(where: str, name: str, value: Any, *, empty: bool = False) -> str:
@@ -202,17 +240,17 @@ def _text(where: str, name: str, value: Any, *, empty: bool = False) -> str:
     return value
 
 
-def _number(where: str, name: str, value: Any) -> int:
+def _number(where: str, name: str, value: Any, *, default: str = "the default") -> int:
     if type(value) is not int or not 0 <= value < 1 << 31:
-        raise _bad(where, name, f"must be a whole number of seconds, 0 for the default, and is {value!r}")
+        raise _bad(where, name, f"must be a whole number of seconds, 0 for {default}, and is {value!r}")
     return value
 
 
-def _parameters(where: str, value: Any) -> dict[str, str]:
+def _texts(where: str, field_name: str, value: Any, example: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise _bad(where, "parameters", "must be a mapping, such as {backing: /srv/disk-1.img}")
-    names = [_text(where, "parameters", name) for name in value]
-    return {name: _text(where, f"parameters.{name}", value[name], empty=True) for name in names}
+        raise _bad(where, field_name, f"must be a mapping, such as {example}")
+    names = [_text(where, field_name, name) for name in value]
+    return {name: _text(where, f"{field_name}.{name}", value[name], empty=True) for name in names}
 
 
 def _controllers(where: str, value: Any) -> tuple[str, ...]:

@@ -56,6 +56,10 @@ def takeover(device: records_pb2.Device) -> str:
     return "strict" if device.takeover == records_pb2.TAKEOVER_POLICY_STRICT else "hold-off"
 
 
+def labels(device: records_pb2.Device) -> str:
+    return ",".join(f"{name}={device.labels[name]}" for name in sorted(device.labels))
+
+
 def request_state(status: access_pb2.AccessStatus) -> str:
     return records_pb2.RequestState.Name(status.request.state).removeprefix("REQUEST_STATE_")
 
@@ -81,6 +85,7 @@ DEVICES = Kind(
         "TTL": lambda status: str(status.device.ttl_seconds or ""),
         "TAKEOVER": lambda status: takeover(status.device),
         "TEMPLATE": lambda status: status.device.path_template,
+        "LABELS": lambda status: labels(status.device),
         "CLIENTS": lambda status: ",".join(grant.client for grant in status.grants),
         "READ-ONLY": lambda status: (
             ("yes" if status.holder.read_only else "no") if status.holder.epoch else ""

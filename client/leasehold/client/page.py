@@ -7,6 +7,7 @@ from leasehold.client import output
 from leasehold.client.asking import shown
 from leasehold.client.errors import NotFound
 from leasehold.client.modes import mode_name
+from leasehold.client.policies import Policies
 from leasehold.v1 import access_pb2, devices_pb2, history_pb2, records_pb2
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ async def device_page(leasehold: "Leasehold", name: str) -> list[str]:
             ("TTL", f"{spec.ttl_seconds} s" if spec.ttl_seconds else "the default"),
             ("Takeover", output.takeover(spec)),
             *([("Path template", spec.path_template)] if spec.path_template else []),
+            *_policies(Policies.of(spec)),
             ("Etag", status.etag),
         ]
     able = [(item.controller, item.hindrance or "could be given it") for item in status.candidates]
@@ -92,6 +94,7 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
         *([("Drained", output.ordered(status.drain))] if status.HasField("drain") else []),
         ("Endpoint", record.endpoint),
         ("Data host", record.data_host),
+        *([("Host", record.host)] if record.host else []),
         ("Drivers", ", ".join(record.drivers)),
         *([("Fencer lacks", ", ".join(record.fencer_lacks))] if record.fencer_lacks else []),
         ("Version", record.software),
@@ -112,11 +115,14 @@ async def controller_page(leasehold: "Leasehold", name: str) -> list[str]:
     failed = [
         (item.device, str(item.stuck_epoch or ""), str(item.failures), item.failed_at, item.reason)
         for item in status.failures
+        if item.failures or item.stuck_epoch
     ]
+    unreachable = [(item.device, item.unreachable) for item in status.failures if item.unreachable]
     return [
         *_fields(fields),
         *_table("Holds", heading, rows),
         *_table("Failed at", ("DEVICE", "STUCK IN", "FAILURES", "AT", "REASON"), failed),
+        *_table("Can not reach", ("DEVICE", "REASON"), unreachable),
         *_changes(history, device=True),
     ]
 
@@ -169,6 +175,20 @@ async def request_page(leasehold: "Leasehold", name: str) -> list[str]:
             fields.append(("Device is" if len(devices) < 2 else f"{device.device.device} is", stands))
     own = [item for item in history if item.change.request == name]
     return [*_fields(fields), *_changes(own)]
+
+
+def _policies(policies: Policies) -> list[tuple[str, str]]:
+    seconds = {
+        "Grace": policies.preemption_grace,
+        "Least hold": policies.min_hold,
+        "Cool-down": policies.cool_down,
+    }
+    return [
+        *(("Label", f"{name}={policies.labels[name]}") for name in sorted(policies.labels)),
+        ("Pre-emption", policies.preemption),
+        *((name, f"{value} s") for name, value in seconds.items() if value),
+        ("Fail-back", policies.fail_back),
+    ]
 
 
 def _clients(status: devices_pb2.DeviceStatus, requests: Sequence[access_pb2.AccessStatus]) -> list[str]:

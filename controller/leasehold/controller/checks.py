@@ -1,4 +1,4 @@
-"""What a controller says of a device that is about to be made known: could it be served from here?
+"""What a controller says of a device: could it be served from here, and is what is served here used?
 
 Asked by coordinators, through `leasehold.v1.CheckService` at the controller's API endpoint. It holds nothing
 and writes nothing, so it may be asked about a device that somebody holds, here or elsewhere.
@@ -6,9 +6,10 @@ and writes nothing, so it may be asked about a device that somebody holds, here 
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from leasehold.controller.driver import BadParameters, Driver, DriverError
+from leasehold.controller.driver import BadParameters, Driver, DriverError, Observant
 from leasehold.runtime.api import answering
 from leasehold.store.records import ControllerId, check_id
 from leasehold.v1 import checks_pb2, checks_pb2_grpc
@@ -28,25 +29,51 @@ class CheckService(checks_pb2_grpc.CheckServiceServicer):
     async def CheckDevice(self, request: checks_pb2.CheckDeviceRequest, context: Any) -> Any:  # noqa: N802
         async def handle() -> checks_pb2.CheckDeviceResponse:
             device = check_id("device", request.device.device)
-            bad, reason = await self._look(device, request.device.driver, dict(request.device.parameters))
+            found = await look(self._drivers, device, request.device.driver, dict(request.device.parameters))
             return checks_pb2.CheckDeviceResponse(
-                controller=self._controller, bad_parameter=bad, reason=reason
+                controller=self._controller, bad_parameter=found.bad_parameter, reason=found.reason
             )
 
         return await answering(context, handle)
 
-    async def _look(self, device: str, name: str, parameters: Mapping[str, str]) -> tuple[str, str]:
-        """The parameter that can not be used, and why the device can not be served; empty if it can."""
-        driver = self._drivers.get(name)
-        if driver is None:
-            return "", f"it does not have the driver {name}"
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await driver.check(parameters)
-                return "", await driver.probe(device, parameters) or ""
-        except BadParameters as error:
-            return error.field, error.reason
-        except DriverError as error:
-            return "", error.reason
-        except TimeoutError:
-            return "", f"its driver {name} did not find out within {PATIENCE:g} s"
+    async def GetActivity(self, request: checks_pb2.GetActivityRequest, context: Any) -> Any:  # noqa: N802
+        async def handle() -> checks_pb2.GetActivityResponse:
+            device = check_id("device", request.device)
+            for driver in self._drivers.values():
+                idle = driver.idle(device, request.epoch) if isinstance(driver, Observant) else None
+                if idle is not None:
+                    return checks_pb2.GetActivityResponse(
+                        controller=self._controller, known=True, idle_seconds=idle
+                    )
+            return checks_pb2.GetActivityResponse(controller=self._controller)
+
+        return await answering(context, handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Why a device can not be served from here, empty if it can; and by which parameter, if it is one.
+
+    It is not `sure` if the driver did not find out: then the reason says why not.
+    """
+
+    reason: str = ""
+    bad_parameter: str = ""
+    sure: bool = True
+
+
+async def look(drivers: Mapping[str, Driver], device: str, name: str, parameters: Mapping[str, str]) -> Found:
+    """Have the driver `name` look at a device. Changes nothing, and takes PATIENCE at most."""
+    driver = drivers.get(name)
+    if driver is None:
+        return Found(f"it does not have the driver {name}")
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await driver.check(parameters)
+            return Found(await driver.probe(device, parameters) or "")
+    except BadParameters as error:
+        return Found(error.reason, error.field)
+    except DriverError as error:
+        return Found(error.reason, sure=False)
+    except TimeoutError:
+        return Found(f"its driver {name} did not find out within {PATIENCE:g} s", sure=False)

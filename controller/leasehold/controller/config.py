@@ -1,5 +1,6 @@
 """What the configuration file of a controller says."""
 
+import socket
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +12,8 @@ from leasehold.runtime.listening import Listening, check_host, is_wildcard
 from leasehold.runtime.tls import TlsSettings
 from leasehold.store.keys import Keys
 from leasehold.store.records import ControllerId, check_id
+
+LONGEST_HOST = 253
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,7 @@ class ControllerConfig:
 
     `name` is the controller's name in the cluster; a host that is rebuilt keeps it only with its state
     directory. `advertise` is where others reach the API, host:port; empty for the address listened on.
+    `host` is the name of the host it runs on, by which it is told which clients run there too.
     `insecure` permits an API without `tls` on an address that other hosts reach.
     """
 
@@ -85,6 +89,7 @@ class ControllerConfig:
     advertise: str = ""
     insecure: bool = False
     tls: TlsSettings | None = None
+    host: str = field(default_factory=socket.gethostname)
     session_ttl: int = 10
     drain_seconds: float = 5.0
     log_level: str = "INFO"
@@ -98,6 +103,10 @@ class ControllerConfig:
         check_id("controller", self.name)
         if not self.drivers:
             raise ValueError("drivers is empty: this controller could hold nothing")
+        if len(self.host) > LONGEST_HOST or not self.host.isprintable():
+            raise ValueError(
+                f"host {self.host[:40]!r} is not printable or longer than {LONGEST_HOST} characters"
+            )
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ValueError(f"log_level {self.log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
         # Built here so that what does not go together is refused with the rest of the file.

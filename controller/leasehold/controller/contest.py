@@ -249,7 +249,9 @@ def _order(item: KeyValue) -> str:
 def _failure(item: KeyValue) -> tuple[ControllerId, int]:
     name = ControllerId(item.key.rpartition("/")[2])
     try:
-        return name, decode(Availability, item).value.failures
+        lately = decode(Availability, item).value
+        # Who does not reach the device is as good as one that has just failed.
+        return name, lately.failures + bool(lately.unreachable)
     except Unreadable as error:
         _log.error("%s", error)
         return name, 1

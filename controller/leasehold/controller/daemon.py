@@ -32,6 +32,7 @@ from leasehold.controller.gate import Gate, settle_in
 from leasehold.controller.health import watch_health, watch_records
 from leasehold.controller.journal import Journal
 from leasehold.controller.observer import Observer
+from leasehold.controller.reachability import Reachability
 from leasehold.controller.recovery import prove_past
 from leasehold.controller.relay import SERVICES, Relay
 from leasehold.controller.session import Session
@@ -133,8 +134,9 @@ class Daemon:
         self._cleanup.push_async_callback(self._relay.close)
         self._server = ApiServer(config.listen, (*SERVICES, SERVICE), tls=config.tls)
         self._server.server.add_generic_rpc_handlers((self._relay,))
-        checks = CheckService(config.controller, context.drivers)
-        checks_pb2_grpc.add_CheckServiceServicer_to_server(checks, self._server.server)
+        checks_pb2_grpc.add_CheckServiceServicer_to_server(
+            CheckService(config.controller, context.drivers), self._server.server
+        )
         self.address = config.listening.endpoint(await self._server.start())
         self._cleanup.push_async_callback(self._server.stop, 1.0)
         contest = Contest(context)
@@ -147,6 +149,7 @@ class Daemon:
             self.agent.adopt(item)
         await self._observer.release_past()
         watching = asyncio.Event()
+        self._judge_reachability()
         self._run(self._observer.run(watching))
         self._run(self._relay.follow(connection, config.keys))
         self._run(watch_health(self.agent))
@@ -244,7 +247,13 @@ class Daemon:
             fencer_lacks=self._fencer.lacks,
             fences={name: driver.fence_kind.value for name, driver in self.context.drivers.items()},
             session_ttl_seconds=config.timing.session_ttl,
+            host=config.host,
         )
+
+    def _judge_reachability(self) -> None:
+        reachability = Reachability(self.context, self.session, self.agent)
+        self._observer.on_spec = reachability.changed
+        self._run(reachability.run())
 
     async def _keep_session(self) -> None:
         """Register anew whenever the session is lost, once nothing acts under the old one any more."""

@@ -156,7 +156,11 @@ class Driver(Protocol):
         """Check the form of a spec's parameters, without touching a device. Raises BadParameters."""
 
     async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
-        """None if the device can be reached from here, else the reason why not. Changes nothing."""
+        """None if the device can be reached from here, else the reason why not. Changes nothing.
+
+        Asked again and again about every device that could be served here. Raises DriverError if it could not
+        be found out.
+        """
 
     async def prepare(self, activation: Activation) -> None:
         """Do what is harmless before the right to the device is verified, and register its label.
@@ -183,4 +187,15 @@ class Driver(Protocol):
         """Make the device unused here; returns only on proof that this epoch writes no more.
 
         Requests under way have `drain` seconds to finish. Raises NotProved.
+        """
+
+
+@runtime_checkable
+class Observant(Protocol):
+    """A driver that sees when its devices are read and written. Others are never taken to be idle."""
+
+    def idle(self, device: str, epoch: int) -> float | None:
+        """For how many seconds nobody has read or written a device that is active in `epoch`.
+
+        At most since it was activated. None if that is not known. Does not wait for anything.
         """

@@ -47,6 +47,8 @@ class Observer:
         self._session = session
         self._agent = agent
         self._contest = contest
+        self.on_spec: Callable[[DeviceId], None] = lambda _: None
+        """Called with each device whose spec appeared, changed or went."""
         self._sweep_now = asyncio.Event()
         self._inquiries: set[asyncio.Task[None]] = set()
 
@@ -181,12 +183,14 @@ class Observer:
                 started.set()
 
     def _spec(self, name: str, event: Event) -> None:
-        spec = _decoded(Device, event.kv)
+        spec, before = _decoded(Device, event.kv), self._agent.specs.get(DeviceId(name))
         if spec is None:
             # Deleted or not understood. Nothing is begun; what is held goes on until it is told otherwise.
             self._agent.specs.pop(DeviceId(name), None)
         else:
             self._agent.specs[DeviceId(name)] = spec
+        if spec is None or before is None or before.mod_revision != spec.mod_revision:
+            self.on_spec(DeviceId(name))
 
     def _assignments(self, snapshot: Snapshot) -> None:
         prefix = self._context.keys.assignments(self._context.name)

@@ -90,10 +90,11 @@ class Settler:
 
     def failure(self, device: DeviceId, found: tuple[tuple[KeyValue, ...], ...], reason: str) -> Availability:
         """What to say of a failure here, counted on from what was `found` under `availability/`."""
-        failures = 0
+        failures, unreachable = 0, ""
         if found and found[0]:
             try:
-                failures = decode(Availability, found[0][0]).value.failures
+                before = decode(Availability, found[0][0]).value
+                failures, unreachable = before.failures, before.unreachable
             except Unreadable as error:
                 _log.error("device %s: its failures are counted anew: %s", device, error)
         return Availability(
@@ -102,4 +103,5 @@ class Settler:
             failures=failures + 1,
             reason=reason,
             failed_at=timestamp(),
+            unreachable=unreachable,
         )

@@ -14,8 +14,8 @@ from dataclasses import replace
 from leasehold.controller.context import Context
 from leasehold.store.codec import Stored, Unreadable, decode, encode
 from leasehold.store.errors import StoreError
-from leasehold.store.kv import KeyValue, delete, unchanged
-from leasehold.store.records import Availability, DeviceId, Epoch
+from leasehold.store.kv import KeyValue, delete, put, unchanged
+from leasehold.store.records import NO_EPOCH, Availability, DeviceId, Epoch
 from leasehold.store.walltime import timestamp
 
 _log = logging.getLogger(__name__)
@@ -69,8 +69,10 @@ async def _clear(context: Context, found: KeyValue | None) -> None:
     stored = _read(found)
     if stored is None or not stored.value.stuck_epoch:
         return
+    left = replace(stored.value, failures=0, reason="", failed_at="", stuck_epoch=NO_EPOCH)
+    operation = put(stored.key, encode(left, stored.kv.value)) if left.unreachable else delete(stored.key)
     await context.kv.txn(
-        (unchanged(stored.key, stored.mod_revision),), (delete(stored.key),), timeout=context.timing.call
+        (unchanged(stored.key, stored.mod_revision),), (operation,), timeout=context.timing.call
     )
     _log.info("device %s: no longer stuck, epoch %d is over", stored.value.device, stored.value.stuck_epoch)
 

@@ -368,11 +368,12 @@ class Cluster:
         if kind in _TOP:
             return self._apply_top(kind, rest, key, kv)
         device = DeviceId(parts[0])
+        before = self._nested[kind][device].get(parts[1])
         stored = self._put(self._nested[kind][device], kind, parts[1], key, kv)
         if kind == "grants":
             self._time_grant(device, RequestId(parts[1]), stored)
         if kind == "availability":
-            self._let_rest(device, ControllerId(parts[1]), stored)
+            self._let_rest(device, ControllerId(parts[1]), before, stored)
         return device
 
     def _apply_stray(self, kind: str, name: str, key: str, kv: KeyValue | None) -> DeviceId:
@@ -390,9 +391,16 @@ class Cluster:
         return device
 
     def _let_rest(
-        self, device: DeviceId, controller: ControllerId, failed: Stored[Availability] | None
+        self,
+        device: DeviceId,
+        controller: ControllerId,
+        before: Stored[Availability] | None,
+        failed: Stored[Availability] | None,
     ) -> None:
-        if failed is None:
+        if failed is not None and before is not None and _same_failure(before.value, failed.value):
+            # Only whether it reaches the device has changed, and that is no failure.
+            return
+        if failed is None or not failed.value.failures:
             self._rested.get(device, {}).pop(controller, None)
             return
         doubled = min(max(failed.value.failures, 1) - 1, 10)
@@ -598,6 +606,14 @@ def _replace(records: dict[K, T], name: K, record: T | None) -> None:
 def _give_up(waiting: "asyncio.Future[bool]") -> None:
     if not waiting.done():
         waiting.set_result(False)
+
+
+def _same_failure(one: Availability, other: Availability) -> bool:
+    return (one.failures, one.failed_at, one.stuck_epoch) == (
+        other.failures,
+        other.failed_at,
+        other.stuck_epoch,
+    )
 
 
 def _is_id(text: str) -> bool:

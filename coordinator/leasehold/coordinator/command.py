@@ -16,6 +16,7 @@ from leasehold.coordinator.cluster import NOTHING, Cluster, notified
 from leasehold.coordinator.config import CoordinatorConfig
 from leasehold.coordinator.devices import DeviceService
 from leasehold.coordinator.explanations import ExplanationService
+from leasehold.coordinator.idleness import Idleness
 from leasehold.coordinator.leases import AccessLeases
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.lists import ControllerService, CoordinatorService, HistoryService
@@ -110,9 +111,9 @@ async def _serve(config: CoordinatorConfig) -> None:
         ledger = Ledger(Kv(connection), cluster, config.name)
         leases = AccessLeases(keeper, config.access_ttl)
         admission = Admission(config.limits, cluster, asyncio.get_running_loop().time)
-        loop = Loop(cluster, ledger, config.coordinator)
-        cluster.on_change = loop.look
         peers = Peers(config.tls)
+        loop = Loop(cluster, ledger, config.coordinator, Idleness(cluster, peers))
+        cluster.on_change = loop.look
         checker = Checker(ledger.kv, config.keys, peers)
         server = ApiServer(config.listen, SERVICES, tls=config.tls, bounds=config.limits.bounds)
         add = server.server

@@ -8,6 +8,7 @@ no harm.
 What one look at a device may do, in this order:
 
     a client is gone       -> its request is cancelled, or its access ended with the path marked as exposed
+    an access lies idle    -> it is ended, with the path marked as exposed
     a request waited long  -> EXPIRED
     a client had it long   -> its access is ended, or taken for another of higher priority
     the planner decides    -> assign, direct, grant, preempt, reject, or nothing
@@ -22,6 +23,7 @@ import asyncio
 import logging
 
 from leasehold.coordinator.cluster import Cluster
+from leasehold.coordinator.idleness import Idleness
 from leasehold.coordinator.ledger import Ledger
 from leasehold.coordinator.moves import Moves
 from leasehold.coordinator.planner import (
@@ -69,8 +71,11 @@ PAUSE = 10.0
 class Loop:
     """See the module. `look` may be called at any time on the event loop; `run` does the work."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, name: CoordinatorId) -> None:
+    def __init__(
+        self, cluster: Cluster, ledger: Ledger, name: CoordinatorId, idleness: Idleness | None = None
+    ) -> None:
         self._cluster = cluster
+        self._idleness = idleness
         self._ledger = ledger
         self._name = name
         self._dirty: set[DeviceId] = set()
@@ -147,6 +152,9 @@ class Loop:
             self._again(device)
             return
         if device == ANY:
+            return
+        if await self._end_idle(device):
+            self._again(device)
             return
         view = self._cluster.view(device)
         if await self._withdraw(view):
@@ -230,6 +238,17 @@ class Loop:
             await self._end(request, "its client is gone and did not release it")
             ended = True
         return ended
+
+    async def _end_idle(self, device: DeviceId) -> bool:
+        """End accesses that nobody makes use of. Whether there was any."""
+        if self._idleness is None:
+            return False
+        found = await self._idleness.look(device)
+        if found.again is not None:
+            self._later(device, found.again)
+        for idle in found.over:
+            await self._end(idle.request, idle.reason)
+        return bool(found.over)
 
     def _users(self, device: DeviceId) -> list[Stored[AccessRequest]]:
         """The requests that have access to a device, as far as they are known."""

@@ -1,6 +1,7 @@
 """Which controllers could serve a device, the best first, and why the others could not."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from leasehold.coordinator.view import DeviceView
 from leasehold.runtime.roster import rendezvous
@@ -8,6 +9,7 @@ from leasehold.store.records import AccessRequest, Controller, ControllerId
 
 NO_FENCE = "none"
 """What a controller says of a driver whose devices it never takes over because their holder fell silent."""
+SOFTWARE = version("leasehold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,20 @@ def refusal(view: DeviceView, name: ControllerId) -> str:
         return "is draining"
     if drain := view.drained.get(name):
         return f"is being drained ({drain.reason})"
+    if _major(controller.software) not in ("", _major(SOFTWARE)):
+        return f"runs {controller.software}, and this coordinator {SOFTWARE}"
     lately = view.availability.get(name)
     if lately is not None and lately.stuck_epoch:
         return f"is barred until it has proved epoch {lately.stuck_epoch} to be over: {lately.reason}"
+    if lately is not None and lately.unreachable:
+        return f"can not reach it: {lately.unreachable}"
     return ""
+
+
+def _major(software: str) -> str:
+    """The part of a version that says what goes together; empty if it does not say."""
+    major, dot, _ = software.partition(".")
+    return major if dot and major.isdecimal() else ""
 
 
 def fence_unavailable(view: DeviceView) -> bool:

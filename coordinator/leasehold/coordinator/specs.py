@@ -5,10 +5,11 @@ the spec that it has read, and a successor fences with the one that it reads; so
 change depends on the holder and the epochs, and each compares both.
 
     while                      driver, parameters   controllers           path_template   ttl, takeover
+                                                                                          and policies
     -----------------------------------------------------------------------------------------------------
     ACTIVATING or YIELDING     no                   no                    no              no
-    ACTIVE                     no                   if the holder stays   if no client    yes, from the
-                                                                          has access      next epoch on
+    ACTIVE                     no                   if the holder stays   if no client    yes, the first two
+                                                                          has access      for the next epoch
     not held, but unreleased   no                   yes                   yes             yes
     free                       yes                  yes                   yes             yes
 
@@ -16,6 +17,8 @@ An epoch that is not proved to be over may still write to the device that the ol
 and a fence by the new ones would not stop it. A device on its way is activated under the spec its next holder
 has read, and an activation that finds another one is given up: so the change waits rather than breaks it.
 The paths of clients are made from the template whenever they are told, so it stays as it is under their feet.
+Policies are the labels and what says when a device changes hands: only coordinators look at them, at each
+decision.
 """
 
 import logging
@@ -43,6 +46,10 @@ _log = logging.getLogger(__name__)
 LONGEST_PARAMETER = 4096
 MOST_PARAMETERS = 64
 MOST_CONTROLLERS = 256
+MOST_LABELS = 16
+LONGEST_LABEL = 63
+LONGEST_GRACE = 3600
+LONGEST_HOLD = 86400
 CHECKED = frozenset({"driver", "parameters", "controllers"})
 """Fields about which the controllers are asked."""
 ATTEMPTS = 5
@@ -167,7 +174,20 @@ class Specs:
 
 def changed(before: Device, after: Device) -> list[str]:
     """The fields in which two specs differ."""
-    fields = ("driver", "parameters", "controllers", "ttl_seconds", "takeover", "path_template")
+    fields = (
+        "driver",
+        "parameters",
+        "controllers",
+        "ttl_seconds",
+        "takeover",
+        "path_template",
+        "labels",
+        "preemption",
+        "preemption_grace_seconds",
+        "min_hold_seconds",
+        "cool_down_seconds",
+        "fail_back",
+    )
     return [name for name in fields if getattr(before, name) != getattr(after, name)]
 
 
@@ -200,7 +220,7 @@ def _updatable(view: DeviceView, spec: Device, etag: str) -> Stored[Device]:
         raise _not_updated(
             view,
             fixed[0],
-            f"{who} it as it was: only controllers, path_template, ttl_seconds and takeover may change until"
+            f"{who} it as it was: only what is neither its driver nor its parameters may change until"
             " it is free",
         )
     if "path_template" in fields and holder is not None and state.grants:
@@ -297,7 +317,28 @@ def checked_spec(message: records_pb2.Device) -> Device:
     check_template(message.path_template)
     known = records_pb2.TakeoverPolicy.values()
     require(message.takeover in known, "takeover", "HOLD_OFF or STRICT")
+    _check_policies(message)
     complete = records_pb2.Device()
     complete.CopyFrom(message)
     complete.version = VERSION
     return from_message(Device, complete)
+
+
+def _check_policies(message: records_pb2.Device) -> None:
+    require(len(message.labels) <= MOST_LABELS, "labels", f"at most {MOST_LABELS}")
+    for name, value in message.labels.items():
+        check_id("labels", name)
+        require(
+            0 < len(value) <= LONGEST_LABEL and value.isprintable(),
+            f"labels.{name}",
+            f"printable, not empty and at most {LONGEST_LABEL} characters",
+        )
+    preemption = records_pb2.PreemptionPolicy.values()
+    require(message.preemption in preemption, "preemption", "NEVER, LOWER or AT_SAFE_POINT")
+    require(message.fail_back in records_pb2.FailBackPolicy.values(), "fail_back", "STAY or PREFERRED")
+    for name, seconds, longest in (
+        ("preemption_grace_seconds", message.preemption_grace_seconds, LONGEST_GRACE),
+        ("min_hold_seconds", message.min_hold_seconds, LONGEST_HOLD),
+        ("cool_down_seconds", message.cool_down_seconds, LONGEST_HOLD),
+    ):
+        require(0 <= seconds <= longest, name, f"from 0 to {longest}")

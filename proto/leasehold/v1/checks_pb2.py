@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from leasehold.v1 import records_pb2 as leasehold_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19leasehold/v1/checks.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\":\n\x12\x43heckDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\"P\n\x13\x43heckDeviceResponse\x12\x12\n\ncontroller\x18\x01 \x01(\t\x12\x15\n\rbad_parameter\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2b\n\x0c\x43heckService\x12R\n\x0b\x43heckDevice\x12 .leasehold.v1.CheckDeviceRequest\x1a!.leasehold.v1.CheckDeviceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19leasehold/v1/checks.proto\x12\x0cleasehold.v1\x1a\x1aleasehold/v1/records.proto\":\n\x12\x43heckDeviceRequest\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.leasehold.v1.Device\"P\n\x13\x43heckDeviceResponse\x12\x12\n\ncontroller\x18\x01 \x01(\t\x12\x15\n\rbad_parameter\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"3\n\x12GetActivityRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"N\n\x13GetActivityResponse\x12\x12\n\ncontroller\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x08\x12\x14\n\x0cidle_seconds\x18\x03 \x01(\x01\x32\xb6\x01\n\x0c\x43heckService\x12R\n\x0b\x43heckDevice\x12 .leasehold.v1.CheckDeviceRequest\x1a!.leasehold.v1.CheckDeviceResponse\x12R\n\x0bGetActivity\x12 .leasehold.v1.GetActivityRequest\x1a!.leasehold.v1.GetActivityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKDEVICEREQUEST']._serialized_end=129
   _globals['_CHECKDEVICERESPONSE']._serialized_start=131
   _globals['_CHECKDEVICERESPONSE']._serialized_end=211
-  _globals['_CHECKSERVICE']._serialized_start=213
-  _globals['_CHECKSERVICE']._serialized_end=311
+  _globals['_GETACTIVITYREQUEST']._serialized_start=213
+  _globals['_GETACTIVITYREQUEST']._serialized_end=264
+  _globals['_GETACTIVITYRESPONSE']._serialized_start=266
+  _globals['_GETACTIVITYRESPONSE']._serialized_end=344
+  _globals['_CHECKSERVICE']._serialized_start=347
+  _globals['_CHECKSERVICE']._serialized_end=529
 # @@protoc_insertion_point(module_scope)

@@ -57,3 +57,51 @@ class CheckDeviceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bad_parameter", b"bad_parameter", "controller", b"controller", "reason", b"reason"]) -> None: ...
 
 global___CheckDeviceResponse = CheckDeviceResponse
+
+@typing.final
+class GetActivityRequest(google.protobuf.message.Message):
+    """See CheckService.GetActivity."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    device: builtins.str
+    """The device."""
+    epoch: builtins.int
+    """The epoch in which it is held."""
+    def __init__(
+        self,
+        *,
+        device: builtins.str = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "epoch", b"epoch"]) -> None: ...
+
+global___GetActivityRequest = GetActivityRequest
+
+@typing.final
+class GetActivityResponse(google.protobuf.message.Message):
+    """See CheckService.GetActivity."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTROLLER_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: builtins.int
+    controller: builtins.str
+    """Who answers."""
+    known: builtins.bool
+    """Whether it can be told."""
+    idle_seconds: builtins.float
+    """For how long nobody has read or written, in seconds, if it is `known`; at most since the epoch began here."""
+    def __init__(
+        self,
+        *,
+        controller: builtins.str = ...,
+        known: builtins.bool = ...,
+        idle_seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "idle_seconds", b"idle_seconds", "known", b"known"]) -> None: ...
+
+global___GetActivityResponse = GetActivityResponse

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CheckServiceStub(object):
-    """Whether a controller could serve a device.
+    """Whether a controller could serve a device, and whether what it serves is used.
     """
 
     def __init__(self, channel):
@@ -40,15 +40,28 @@ class CheckServiceStub(object):
                 request_serializer=leasehold_dot_v1_dot_checks__pb2.CheckDeviceRequest.SerializeToString,
                 response_deserializer=leasehold_dot_v1_dot_checks__pb2.CheckDeviceResponse.FromString,
                 _registered_method=True)
+        self.GetActivity = channel.unary_unary(
+                '/leasehold.v1.CheckService/GetActivity',
+                request_serializer=leasehold_dot_v1_dot_checks__pb2.GetActivityRequest.SerializeToString,
+                response_deserializer=leasehold_dot_v1_dot_checks__pb2.GetActivityResponse.FromString,
+                _registered_method=True)
 
 
 class CheckServiceServicer(object):
-    """Whether a controller could serve a device.
+    """Whether a controller could serve a device, and whether what it serves is used.
     """
 
     def CheckDevice(self, request, context):
         """Looks whether a device could be served from here. Changes nothing, and does not open the device for
         writing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetActivity(self, request, context):
+        """Tells how long nobody has read or written a device that is held here. One that is not held here, or whose
+        driver does not see who reads and writes, is not `known`, and is not to be taken for idle.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +75,11 @@ def add_CheckServiceServicer_to_server(servicer, server):
                     request_deserializer=leasehold_dot_v1_dot_checks__pb2.CheckDeviceRequest.FromString,
                     response_serializer=leasehold_dot_v1_dot_checks__pb2.CheckDeviceResponse.SerializeToString,
             ),
+            'GetActivity': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetActivity,
+                    request_deserializer=leasehold_dot_v1_dot_checks__pb2.GetActivityRequest.FromString,
+                    response_serializer=leasehold_dot_v1_dot_checks__pb2.GetActivityResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'leasehold.v1.CheckService', rpc_method_handlers)
@@ -71,7 +89,7 @@ def add_CheckServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CheckService(object):
-    """Whether a controller could serve a device.
+    """Whether a controller could serve a device, and whether what it serves is used.
     """
 
     @staticmethod
@@ -91,6 +109,33 @@ class CheckService(object):
             '/leasehold.v1.CheckService/CheckDevice',
             leasehold_dot_v1_dot_checks__pb2.CheckDeviceRequest.SerializeToString,
             leasehold_dot_v1_dot_checks__pb2.CheckDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetActivity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.CheckService/GetActivity',
+            leasehold_dot_v1_dot_checks__pb2.GetActivityRequest.SerializeToString,
+            leasehold_dot_v1_dot_checks__pb2.GetActivityResponse.FromString,
             options,
             channel_credentials,
             insecure,

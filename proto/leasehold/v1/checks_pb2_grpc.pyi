@@ -18,7 +18,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class CheckServiceStub:
-    """Whether a controller could serve a device."""
+    """Whether a controller could serve a device, and whether what it serves is used."""
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     CheckDevice: grpc.UnaryUnaryMultiCallable[
@@ -29,8 +29,16 @@ class CheckServiceStub:
     writing.
     """
 
+    GetActivity: grpc.UnaryUnaryMultiCallable[
+        leasehold.v1.checks_pb2.GetActivityRequest,
+        leasehold.v1.checks_pb2.GetActivityResponse,
+    ]
+    """Tells how long nobody has read or written a device that is held here. One that is not held here, or whose
+    driver does not see who reads and writes, is not `known`, and is not to be taken for idle.
+    """
+
 class CheckServiceAsyncStub:
-    """Whether a controller could serve a device."""
+    """Whether a controller could serve a device, and whether what it serves is used."""
 
     CheckDevice: grpc.aio.UnaryUnaryMultiCallable[
         leasehold.v1.checks_pb2.CheckDeviceRequest,
@@ -40,8 +48,16 @@ class CheckServiceAsyncStub:
     writing.
     """
 
+    GetActivity: grpc.aio.UnaryUnaryMultiCallable[
+        leasehold.v1.checks_pb2.GetActivityRequest,
+        leasehold.v1.checks_pb2.GetActivityResponse,
+    ]
+    """Tells how long nobody has read or written a device that is held here. One that is not held here, or whose
+    driver does not see who reads and writes, is not `known`, and is not to be taken for idle.
+    """
+
 class CheckServiceServicer(metaclass=abc.ABCMeta):
-    """Whether a controller could serve a device."""
+    """Whether a controller could serve a device, and whether what it serves is used."""
 
     @abc.abstractmethod
     def CheckDevice(
@@ -51,6 +67,16 @@ class CheckServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[leasehold.v1.checks_pb2.CheckDeviceResponse, collections.abc.Awaitable[leasehold.v1.checks_pb2.CheckDeviceResponse]]:
         """Looks whether a device could be served from here. Changes nothing, and does not open the device for
         writing.
+        """
+
+    @abc.abstractmethod
+    def GetActivity(
+        self,
+        request: leasehold.v1.checks_pb2.GetActivityRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[leasehold.v1.checks_pb2.GetActivityResponse, collections.abc.Awaitable[leasehold.v1.checks_pb2.GetActivityResponse]]:
+        """Tells how long nobody has read or written a device that is held here. One that is not held here, or whose
+        driver does not see who reads and writes, is not `known`, and is not to be taken for idle.
         """
 
 def add_CheckServiceServicer_to_server(servicer: CheckServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -103,7 +103,7 @@ class DeviceServiceServicer(object):
         """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
         accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
         and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
-        access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+        access, and `labels` and policies at once; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
         until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
         `parameters` or `controllers` change.
         """

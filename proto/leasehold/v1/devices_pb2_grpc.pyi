@@ -49,7 +49,7 @@ class DeviceServiceStub:
     """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
     accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
     and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
-    access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+    access, and `labels` and policies at once; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
     until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
     `parameters` or `controllers` change.
     """
@@ -108,7 +108,7 @@ class DeviceServiceAsyncStub:
     """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
     accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
     and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
-    access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+    access, and `labels` and policies at once; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
     until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
     `parameters` or `controllers` change.
     """
@@ -175,7 +175,7 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
         """Replaces a device's spec. ABORTED if it is no longer the one that `etag` stands for; what stands already is
         accepted again. While the device is held, `controllers` (if the holder stays among them), `ttl_seconds`
         and `takeover` may change, and apply from the next epoch on, and `path_template` while no client has
-        access; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
+        access, and `labels` and policies at once; another `driver` or other `parameters` would make it another device, and are FAILED_PRECONDITION
         until every epoch is proved to be over. Controllers are asked as by CreateDevice, if `driver`,
         `parameters` or `controllers` change.
         """

@@ -19,6 +19,7 @@ from leasehold.client.options import (
     say,
     seconds,
 )
+from leasehold.client.policies import FailBack, Preemption
 
 if TYPE_CHECKING:
     from leasehold.client.applying import Step
@@ -52,6 +53,25 @@ def create_device(
     path_template: Annotated[
         str, typer.Option(metavar="URI", help="What clients get, made of {path}, {data_host}, {epoch}, ...")
     ] = "",
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="KEY=VALUE", help="By what requests may choose it; may be repeated."),
+    ] = None,
+    preemption: Annotated[
+        Preemption, typer.Option(help="Whether a client loses it to one of higher priority.")
+    ] = Preemption.NEVER,
+    preemption_grace: Annotated[
+        int, typer.Option(help="Seconds that a client then has to stop; 0 for the default.", min=0)
+    ] = 0,
+    min_hold: Annotated[
+        int, typer.Option(help="Seconds for which a controller serves it at least.", min=0)
+    ] = 0,
+    cool_down: Annotated[
+        int, typer.Option(help="Seconds for which it stays where it was used last.", min=0)
+    ] = 0,
+    fail_back: Annotated[
+        FailBack, typer.Option(help="Whether it goes back to its first controller when nobody uses it.")
+    ] = FailBack.STAY,
     unchecked: Unchecked = False,
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
@@ -62,12 +82,8 @@ def create_device(
     """
     from leasehold.client import output as printer  # noqa: PLC0415
 
-    parameters = {}
-    for text in parameter or []:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="-p")
-        parameters[key] = value
+    parameters = _pairs(parameter, "-p")
+    labels = _pairs(label, "--label")
     if backing is not None:
         parameters["backing"] = str(backing.absolute())
     eligible = [name.strip() for name in controllers.split(",") if name.strip()]
@@ -82,6 +98,12 @@ def create_device(
                 ttl=ttl,
                 strict=strict,
                 path_template=path_template,
+                labels=labels,
+                preemption=preemption.value,
+                preemption_grace=preemption_grace,
+                min_hold=min_hold,
+                cool_down=cool_down,
+                fail_back=fail_back.value,
                 unchecked=unchecked,
             )
         ),
@@ -109,6 +131,12 @@ def apply(
     ttl_seconds: 20                       of its holder's lease; by default the cluster's
     takeover: strict                      or hold-off, the default
     path_template: "{path}?tls=on"        what clients get; by default the driver's path
+    labels: {pool: gold}                  by what a request may choose it
+    preemption: lower                     or at-safe-point, or never, the default
+    preemption_grace_seconds: 60          that a client then has to stop; by default 30
+    min_hold_seconds: 300                 for which a controller serves it at least
+    cool_down_seconds: 30                 for which it stays where it was used last
+    fail_back: preferred                  or stay, the default
 
     One device, a list of them, or several documents separated by ---. A field that is left out gets its
     default. What "leasehold get devices -o yaml" prints is taken as well, and then refused where the device
@@ -117,7 +145,7 @@ def apply(
     What would change is printed to stdout. Coordinators are asked whether they would accept all of it before
     any of it is done, and they ask the controllers whether they could serve it. While a device is held, its
     driver and parameters stay as they are, and its holder stays among the controllers; path_template stays
-    while a client has access; ttl_seconds and takeover apply from its next epoch on.
+    while a client has access; ttl_seconds and takeover apply from its next epoch on, the rest at once.
     """
     from leasehold.client import applying, manifest  # noqa: PLC0415
 
@@ -204,6 +232,16 @@ def transfer(
         lambda leasehold: one(leasehold.transfer(device, to, reason=reason, timeout=limit)),
     )
     printer.show(found, printer.DEVICES, output)
+
+
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    found = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
+        found[key] = value
+    return found
 
 
 def _read(file: str) -> str:

@@ -102,15 +102,17 @@ class FilesystemDriver:
         """The form only. Whether the backing is there differs by host: see `probe`."""
         _check(parameters)
 
-    async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:  # noqa: ARG002
+    async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
         reason = unsupported()
         if reason is not None:
             return reason
         try:
             _check(parameters)
             return await self._examine(parameters)
-        except (BadParameters, ChannelError, OSError) as error:
+        except (BadParameters, WorkerRefused) as error:
             return str(error)
+        except (ChannelError, OSError) as error:
+            raise DriverError(device, 0, str(error)) from error
 
     async def prepare(self, activation: Activation) -> None:
         """Look whether the filesystem is there. Even mounting for reading would replay its journal."""

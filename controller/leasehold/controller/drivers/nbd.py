@@ -85,6 +85,8 @@ class NbdDriver:
             return await self.pool.examine(device, _backing(parameters))
         except BadParameters as error:
             return error.reason
+        except ChannelError as error:
+            raise DriverError(device, 0, str(error)) from error
 
     async def prepare(self, activation: Activation) -> None:
         spec = _spec(activation)
@@ -112,6 +114,9 @@ class NbdDriver:
 
     async def verify(self, activation: Activation) -> str | None:
         return await self.pool.status(_spec(activation))
+
+    def idle(self, device: str, epoch: int) -> float | None:
+        return self.pool.idle(device, epoch)
 
     async def deactivate(self, activation: Activation, *, drain: float) -> None:
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.gate import Gate
 from leasehold.controller.nbd import messages
+from leasehold.controller.nbd.activity import Activity
 from leasehold.controller.nbd.child import Child
 from leasehold.controller.nbd.messages import Message
 
@@ -59,9 +60,11 @@ class Channel:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         occupancy: Occupancy | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self.child = child
         self.occupancy = occupancy
+        self.activity = activity
         self._writer = writer
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -73,6 +76,7 @@ class Channel:
     async def start(cls, index: int, listener: socket.socket, gate: Gate, state_dir: Path) -> Channel:
         """Start worker `index` on `listener` and wait until it serves. Raises ChannelError, OSError."""
         occupancy = Occupancy.create(gate.slots)
+        activity = Activity.create(gate.slots)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             config = {
@@ -83,16 +87,18 @@ class Channel:
                 "control_fd": theirs.fileno(),
                 "parent": os.getpid(),
                 "occupancy_fd": occupancy.fd,
+                "activity_fd": activity.fd,
             }
-            fds = (listener.fileno(), theirs.fileno(), occupancy.fd)
+            fds = (listener.fileno(), theirs.fileno(), occupancy.fd, activity.fd)
             try:
                 child = Child("leasehold.controller.nbd.worker", [json.dumps(config)], pass_fds=fds)
             except OSError:
                 ours.close()
                 occupancy.close()
+                activity.close()
                 raise
         reader, writer = await asyncio.open_connection(sock=ours, limit=messages.MAX_LINE)
-        channel = cls(child, reader, writer, occupancy)
+        channel = cls(child, reader, writer, occupancy, activity)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await channel._ready.wait()
@@ -138,6 +144,9 @@ class Channel:
         if self.occupancy is not None:
             self.occupancy.close()
             self.occupancy = None
+        if self.activity is not None:
+            self.activity.close()
+            self.activity = None
         return await self.child.exited(_KILL_SECONDS)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:

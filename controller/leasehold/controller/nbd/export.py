@@ -21,6 +21,7 @@ from typing import Protocol
 
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Registration
+from leasehold.controller.nbd.activity import Activity
 from leasehold.controller.nbd.backing import Backing
 from leasehold.controller.nbd.protocol import ExportFlag
 
@@ -61,10 +62,12 @@ class Export:
         read_only: bool,
         occupancy: memoryview[int] | None = None,
         registration: Registration | None = None,
+        activity: Activity | None = None,
     ) -> None:
         """`occupancy[slot]` will say whether anybody is inside; it is only for a fencer to see.
 
-        `registration` is looked at before each change, and closed with the backing.
+        `activity` is told of each use. `registration` is looked at before each change, and closed with the
+        backing.
         """
         self.name = name
         self.backing = backing
@@ -79,6 +82,7 @@ class Export:
         self._occupants = 0
         """Of those inside, the ones that may still begin to read or write."""
         self._occupancy = memoryview(bytearray(slot + 1)) if occupancy is None else occupancy
+        self._activity = activity
         self._ended = False
         self._unproved: OSError | None = None
         self._registration = registration
@@ -137,6 +141,7 @@ class Export:
             finally:
                 self._occupancy[self.slot] = 0
             self.plain_reads = not self.backing.cached_reads
+            self.used()
             self._state = State.OPEN
             self._changed.notify_all()
 
@@ -169,6 +174,11 @@ class Export:
             self._inside -= 1
             if self._inside == 0 and self._state is not State.OPEN:
                 self._changed.notify_all()
+
+    def used(self) -> None:
+        """It was read or written just now."""
+        if self._activity is not None:
+            self._activity.touch(self.slot)
 
     def guard(self) -> None:
         """Raise Refused unless the backing may be read at this moment. Right before reading it."""

@@ -25,6 +25,7 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.settler import NotSettled, Settler
+from leasehold.store.clock import NANOSECONDS, boottime_ns
 
 _BACKLOG = 128
 _OPEN_SECONDS = 10.0
@@ -151,9 +152,15 @@ class WorkerPool:
         answer = await channel.ask("status", _STATUS_SECONDS, name=spec.name)
         return int(answer.get("connections", 0))
 
+    def idle(self, device: str, epoch: int) -> float | None:
+        """For how many seconds nobody has read or written an open export. None if that is not known."""
+        return self._seat(device).idle(f"{device}-{epoch}")
+
     async def examine(self, device: str, backing: str) -> str | None:
-        """None if `backing` could be served from here, else why not."""
-        return await self._failure(self._seat(device), "examine", backing=backing)
+        """None if `backing` could be served from here, else why not. Raises ChannelError if none says."""
+        channel = await self._seat(device).reach(_STATUS_SECONDS)
+        failure = (await channel.ask("examine", _STATUS_SECONDS, backing=backing))["failure"]
+        return None if failure is None else str(failure)
 
     async def withdraw(self, spec: ExportSpec, drain: float) -> None:
         """End the export. Returns once no process here can write under it and its data is written.
@@ -256,6 +263,17 @@ class _Seat:
             raise ExportFailed.by(error) from error
         if spec.name in self.specs:
             self._opened.add(spec.name)
+
+    def idle(self, name: str) -> float | None:
+        channel = self.channel if name in self._opened else None
+        if channel is None or channel.occupancy is None or channel.activity is None:
+            return None
+        slot = self.specs[name].slot
+        if channel.occupancy.marks[slot]:
+            return 0.0
+        # A worker that was not yet told to open it again has noted nothing.
+        last = channel.activity.last(slot)
+        return max(boottime_ns() - last, 0) / NANOSECONDS if last else None
 
     async def withdraw(self, spec: ExportSpec, drain: float) -> bool:
         """True if the worker proved it; False if no worker has it. Raises Unproved."""

@@ -119,6 +119,8 @@ class Transmission:
                     self._inside = True
                 self._check(flags, command, offset, length)
                 self._perform[command](flags, cookie, offset, length)
+                if command != nbd.Command.FLUSH:
+                    self._export.used()
             except _Failed as failure:
                 self._discard_payload()
                 self._error(cookie, failure.error)

@@ -29,6 +29,7 @@ from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.gate import Gate, GateError
 from leasehold.controller.label import Label, LabelRefused, Registration
 from leasehold.controller.nbd import messages
+from leasehold.controller.nbd.activity import Activity
 from leasehold.controller.nbd.backing import Backing, examine
 from leasehold.controller.nbd.connection import Connection
 from leasehold.controller.nbd.export import Export, Refused, State
@@ -59,6 +60,7 @@ class Config:
     control_fd: int
     parent: int
     occupancy_fd: int = -1
+    activity_fd: int = -1
 
 
 class Worker:
@@ -68,6 +70,7 @@ class Worker:
         self._gate = Gate.attach(Path(config.gate))
         shared = config.occupancy_fd >= 0
         self._occupancy = Occupancy(config.occupancy_fd, writable=True).marks if shared else None
+        self._activity = Activity(config.activity_fd) if config.activity_fd >= 0 else None
         self._listener = socket.socket(fileno=config.listen_fd)
         self._control = socket.socket(fileno=config.control_fd)
         self._sending = threading.Lock()
@@ -163,6 +166,7 @@ class Worker:
             read_only=read_only,
             occupancy=self._occupancy,
             registration=registration,
+            activity=self._activity,
         )
         with self._changing:
             if name not in self._exports:
