@@ -71,6 +71,7 @@ class DevCluster:
         controllers: Sequence[str] = ("a", "b", "c"),
         etcd_port: int = 0,
         slots: int = 256,
+        ageing_seconds: int = 60,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory
@@ -86,6 +87,7 @@ class DevCluster:
         self._controllers = tuple(controllers)
         self._etcd_port = etcd_port
         self._slots = slots
+        self._ageing_seconds = ageing_seconds
         self._say = say
         self._nursery: Nursery | None = None
         self._etcd: Process | None = None
@@ -261,7 +263,10 @@ class DevCluster:
     def _coordinator_file(self, name: str, endpoint: str) -> str:
         return _toml(
             {"name": name, "listen": endpoint, "session_ttl": self._ttl, "access_ttl": self._ttl},
-            {"etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True}},
+            {
+                "etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True},
+                "priorities": {"ageing_seconds": self._ageing_seconds},
+            },
         )
 
     def _controller_file(self, name: str, endpoint: str) -> str:

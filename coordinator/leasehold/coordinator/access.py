@@ -265,7 +265,7 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
                     request=request,
                     device=stands.value.device,
                 )
-            made = withdraw(self._cluster, stands, grant, path_exposed=False)
+            made = withdraw(self._cluster, stands, grant)
             if isinstance(await self._ledger.commit(made), Applied):
                 return
         raise _contended(request)

@@ -294,7 +294,7 @@ class Loop:
             if left > 0:
                 self._remind(device, f"stop {name}", left)
                 continue
-            made = withdraw(self._cluster, request, grant, path_exposed=True)
+            made = withdraw(self._cluster, request, grant)
             if isinstance(await self._ledger.commit(made), Applied):
                 _log.warning(
                     "device %s: access %s was taken for request %s", device, name, grant.preempted_by

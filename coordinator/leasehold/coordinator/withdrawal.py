@@ -16,15 +16,14 @@ def marked(cluster: Cluster, request: AccessRequest) -> Grant | None:
     return None
 
 
-def withdraw(
-    cluster: Cluster, stored: Stored[AccessRequest], grant: Grant, *, path_exposed: bool
-) -> Transaction:
-    """The transaction by which a request loses what it has: it waits again or is over, as was asked."""
+def withdraw(cluster: Cluster, stored: Stored[AccessRequest], grant: Grant) -> Transaction:
+    """The transaction by which a request loses what it has: it waits again or is over, as was asked.
+
+    Its path is dead with the next grant even where the device stays: its session goes on, and it may err.
+    """
     by = cluster.requests.get(grant.preempted_by)
     reason = f"{grant.device} was taken for request {grant.preempted_by}, which has a higher priority"
     states = [cluster.state(device) for device in stored.value.all_devices]
     if stored.value.on_preemption is PreemptedPolicy.REQUEUE and by is not None:
-        return requests.requeue(
-            cluster.keys, states, stored, after=by.value, reason=reason, path_exposed=path_exposed
-        )
-    return requests.end(cluster.keys, states, stored, reason=reason, path_exposed=path_exposed)
+        return requests.requeue(cluster.keys, states, stored, after=by.value, reason=reason)
+    return requests.end(cluster.keys, states, stored, reason=reason, path_exposed=True)

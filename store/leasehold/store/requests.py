@@ -282,13 +282,13 @@ def requeue(
     *,
     after: AccessRequest,
     reason: str,
-    path_exposed: bool,
 ) -> Transaction:
     """What was granted is taken back, as by `end`, and the request waits again, behind `after`.
 
-    However long it had waited: it would take the device back from the one it was taken for.
+    However long it had waited: it would take the device back from the one it was taken for. Its client may
+    still know the path, as in `end`.
     """
-    compares, operations = _withdraw(keys, states, request, path_exposed=path_exposed)
+    compares, operations = _withdraw(keys, states, request, path_exposed=True)
     change = new_change_id()
     value = replace(
         request.value,
