@@ -21,7 +21,15 @@ from grpc_status import rpc_status
 from leasehold.client.dev import DevCluster, free_port
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.kv import Kv
-from leasehold.v1 import access_pb2, access_pb2_grpc, devices_pb2, devices_pb2_grpc, records_pb2
+from leasehold.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    devices_pb2,
+    devices_pb2_grpc,
+    maintenance_pb2,
+    maintenance_pb2_grpc,
+    records_pb2,
+)
 
 SOON = 30.0
 BIG = "x" * 900_000
@@ -258,6 +266,17 @@ COMMANDS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     ),
     (("transfer", "disk-3", "--to", "a"), 66, r"there is no device disk-3"),
     (("transfer", "disk-1", "--to", "a", "--reason", "\x1b[2J"), 65, r"reason must be printable"),
+    (("drain", "../a"), 65, r"controller '\.\./a' is not an id"),
+    (("drain", "a", "--reason", "\x1b[2J"), 65, r"reason must be one printable line"),
+    (("drain", "a", "--reason", ""), 65, r"reason must be one printable line"),
+    (("drain", "a", "--operator", "me (root)"), 65, r"operator must be the name of who says so, .*without p"),
+    (("drain", "a", "--within", "soon"), 2, r"--within: 'soon' is no time"),
+    (("undrain", "a/b"), 65, r"controller 'a/b' is not an id"),
+    (("pause", "disk-3"), 66, r"there is no device disk-3"),
+    (("pause", "disk-1/"), 65, r"device 'disk-1/' is not an id"),
+    (("pause",), 2, r"either a device or --all"),
+    (("pause", "disk-1", "--all"), 2, r"either a device or --all"),
+    (("resume", "../x"), 65, r"device '\.\./x' is not an id"),
     (("request", "../x"), 65, r"device '\.\./x' is not an id"),
     (("request", "disk-3"), 66, r"there is no device disk-3"),
     (("request", "disk-1", "--request-id", "--version"), 65, r"request_id '--version' is not an id"),
@@ -353,24 +372,38 @@ def _process(*arguments: str, stdin: str = "", **environment: str) -> "subproces
 
 # The API, for what no shell lets through.
 
-Ask = Callable[[Any, Any], Awaitable[Any]]
+Ask = Callable[[Any, Any, Any], Awaitable[Any]]
 
 
 def created(**fields: Any) -> Ask:
     spec = records_pb2.Device(**{"device": "d", "driver": "nbd", **fields})
-    return lambda devices, _: devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
+    return lambda devices, *_: devices.CreateDevice(devices_pb2.CreateDeviceRequest(device=spec))
 
 
 def updated(**fields: Any) -> Ask:
     spec = records_pb2.Device(**{"device": "disk-1", "driver": "nbd", **fields})
-    return lambda devices, _: devices.UpdateDevice(devices_pb2.UpdateDeviceRequest(device=spec))
+    return lambda devices, *_: devices.UpdateDevice(devices_pb2.UpdateDeviceRequest(device=spec))
 
 
 def submitted(request: str = "q", **fields: Any) -> Ask:
     spec = access_pb2.AccessSpec(**{"device": "disk-1", **fields})
-    return lambda _, access: access.SubmitAccess(
+    return lambda _, access, *__: access.SubmitAccess(
         access_pb2.SubmitAccessRequest(request_id=request, spec=spec)
     )
+
+
+def drained(**fields: Any) -> Ask:
+    asked = maintenance_pb2.DrainControllerRequest(
+        **{"controller": "a", "reason": "r", "operator": "o", **fields}
+    )
+    return lambda _, __, maintenance: maintenance.DrainController(asked)
+
+
+def paused(**fields: Any) -> Ask:
+    asked = maintenance_pb2.PauseDeviceRequest(
+        **{"device": "disk-1", "reason": "r", "operator": "o", **fields}
+    )
+    return lambda _, __, maintenance: maintenance.PauseDevice(asked)
 
 
 CALLS: tuple[tuple[Ask, str, str, str], ...] = (
@@ -428,6 +461,40 @@ CALLS: tuple[tuple[Ask, str, str, str], ...] = (
     (submitted(mode=99), "INVALID_FIELD", "mode", r"mode must be"),
     (submitted(wait_seconds=-1), "INVALID_FIELD", "wait_seconds", r"wait_seconds must be"),
     (submitted(client="x" * 254), "INVALID_FIELD", "client", r"client must be a printable name"),
+    (drained(controller=""), "INVALID_ID", "controller", r"controller '' is not an id"),
+    (drained(controller="a\0"), "INVALID_ID", "controller", r"controller 'a.x00' is not an id"),
+    (drained(controller="_any"), "INVALID_ID", "controller", r"controller '_any' is not an id"),
+    (drained(reason=""), "INVALID_FIELD", "reason", r"one printable line of at most 200 characters"),
+    (drained(reason="x" * 201), "INVALID_FIELD", "reason", r"one printable line of at most 200 characters"),
+    (drained(operator=""), "INVALID_FIELD", "operator", r"the name of who says so"),
+    (drained(operator="alice (root)"), "INVALID_FIELD", "operator", r"without parentheses"),
+    (paused(device="_any"), "INVALID_ID", "device", r"device '_any' is not an id"),
+    (paused(reason="two\nlines"), "INVALID_FIELD", "reason", r"one printable line"),
+    (paused(operator=BIG), "INVALID_FIELD", "operator", r"the name of who says so"),
+    (
+        lambda _, __, maintenance: maintenance.UndrainController(
+            maintenance_pb2.UndrainControllerRequest(controller="a/../b")
+        ),
+        "INVALID_ID",
+        "controller",
+        r"controller 'a/\.\./b' is not an id",
+    ),
+    (
+        lambda _, __, maintenance: maintenance.ResumeDevice(
+            maintenance_pb2.ResumeDeviceRequest(device="disk-1/")
+        ),
+        "INVALID_ID",
+        "device",
+        r"device 'disk-1/' is not an id",
+    ),
+    (
+        lambda _, __, maintenance: maintenance.GetMaintenance(
+            maintenance_pb2.GetMaintenanceRequest(controller="../a")
+        ),
+        "INVALID_ID",
+        "controller",
+        r"controller '\.\./a' is not an id",
+    ),
 )
 
 
@@ -437,7 +504,11 @@ def test_a_call_names_the_field_and_the_reason(cluster: DevCluster, asked: tuple
 
     async def refused(endpoint: str) -> tuple[error_details_pb2.ErrorInfo, str]:
         async with grpc.aio.insecure_channel(endpoint) as channel:
-            stubs = devices_pb2_grpc.DeviceServiceStub(channel), access_pb2_grpc.AccessServiceStub(channel)
+            stubs = (
+                devices_pb2_grpc.DeviceServiceStub(channel),
+                access_pb2_grpc.AccessServiceStub(channel),
+                maintenance_pb2_grpc.MaintenanceServiceStub(channel),
+            )
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await asyncio.wait_for(ask(*stubs), SOON)
         info = error_details_pb2.ErrorInfo()

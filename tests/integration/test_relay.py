@@ -151,7 +151,8 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 def test_knows_every_method_of_the_api() -> None:
     assert METHODS["/leasehold.v1.AccessService/RequestAccess"] is True
     assert METHODS["/leasehold.v1.DeviceService/TransferDevice"] is False
-    assert len(SERVICES) == 5
+    assert METHODS["/leasehold.v1.MaintenanceService/DrainController"] is False
+    assert len(SERVICES) == 6
 
 
 async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:
