@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from doors import Coordinators
 from etcd_server import EtcdCluster, EtcdServer
 from installation import Installation, examine
+from leasehold.coordinator.command import DONE
 from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.kv import Kv
 from rivals import Controllers, local, make_ext4, require_mounts
@@ -68,3 +70,11 @@ async def mounted(controllers: Controllers) -> Path:
     for name in "ab":
         await controllers.start(name, driver="filesystem")
     return local(await controllers.give("a"))
+
+
+@pytest.fixture
+async def coordinators(installation: Installation, shared_etcd: EtcdServer) -> AsyncIterator[Coordinators]:
+    running = Coordinators(installation, shared_etcd)
+    yield running
+    for name in tuple(running.running):
+        assert await running.stop(name) == DONE
