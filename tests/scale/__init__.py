@@ -1,0 +1,1 @@
+"""Thousands of devices and hundreds of controllers on one machine: what they cost, and how fast it stays."""
