@@ -31,7 +31,8 @@ from filesystems import (
     write,
 )
 from installation import DISK, Installation, examine
-from leasehold.controller.driver import Activation, ActivationFailed, DriverContext, NotProved
+from leasehold.controller.driver import Activation, ActivationFailed, DriverContext, DriverError, NotProved
+from leasehold.controller.drivers import filesystem
 from leasehold.controller.drivers.filesystem import FilesystemDriver
 from leasehold.controller.filesystem import loops, mount_api
 from leasehold.controller.gate import Gate
@@ -177,6 +178,19 @@ async def test_mounts_and_gives_back(site: Site, directory: Path, fstype: str) -
     assert_clean(image, fstype)
     # Once more is no error: the first answer may have been lost.
     await site.driver.deactivate(activation, drain=1)
+
+
+async def test_what_a_stopped_steward_does_not_say_is_not_known(
+    site: Site, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "_EXAMINE_SECONDS", 0.3)
+    os.kill(site.steward, signal.SIGSTOP)
+    with pytest.raises(DriverError, match="did not answer examine"):
+        await site.driver.probe("d1", {"backing": str(image), "fstype": "ext4"})
+    os.kill(site.steward, signal.SIGCONT)
+    monkeypatch.undo()
+    wrong = await site.driver.probe("d1", {"backing": str(image), "fstype": "xfs"})
+    assert wrong == f"there is no xfs on {image}"
 
 
 @pytest.mark.parametrize("fstype", ["ext4", "xfs"])

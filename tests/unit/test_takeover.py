@@ -5,12 +5,14 @@ from typing import TypeVar
 
 import pytest
 
+from leasehold.controller.contest import _failure
 from leasehold.controller.driver import FenceKind
 from leasehold.controller.takeover import Backoff, may_serve, obstacle, ranking, vacant
-from leasehold.store.codec import Stored
+from leasehold.store.codec import Stored, encode
 from leasehold.store.kv import KeyValue
 from leasehold.store.ownership import DeviceState
 from leasehold.store.records import (
+    Availability,
     Controller,
     ControllerId,
     Device,
@@ -158,3 +160,12 @@ def test_a_failure_keeps_out_ever_longer() -> None:
         pauses.append(backoff.left(100 * SECOND))
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert backoff.left(200 * SECOND) == 0
+
+
+@pytest.mark.parametrize(("failures", "unreachable", "counts"), [(2, "", 2), (0, "gone", 1), (2, "gone", 3)])
+def test_who_does_not_reach_it_comes_after_who_does(failures: int, unreachable: str, counts: int) -> None:
+    said = Availability(device=DISK, controller=A, failures=failures, unreachable=unreachable)
+    found = _failure(KeyValue("/test/availability/d1/a", encode(said), 1, 1, 1, 0))
+    assert found == (A, counts)
+    order = ranking(spec(A, B), [candidate(A), candidate(B)], dict([found]), target=None, lost=None)
+    assert order == [B, A]

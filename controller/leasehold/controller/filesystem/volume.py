@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import stat
 import sys
@@ -561,11 +562,18 @@ def _open_alone(node: str) -> int:
 
 
 def unfit(backing: str, fstype: str) -> str | None:
-    """None if `backing` has a filesystem of this type, else why not. Only reads."""
+    """None if `backing` has a filesystem of this type, else why not. Only reads.
+
+    It is asked now and then while others have it mounted. What it reads it leaves in no cache of this host,
+    where it would be old by the time that it is mounted here.
+    """
     at, magic = {"ext4": (0x438, b"\x53\xef"), "xfs": (0, b"XFSB")}[fstype]
     fd = os.open(backing, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        # Or pages beside it would be read ahead.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         found = os.pread(fd, len(magic), at)
+        os.posix_fadvise(fd, 0, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
     return None if found == magic else f"there is no {fstype} on {backing}"
