@@ -309,7 +309,7 @@ class Cluster:
         async with aclosing(follow(connection, self.keys.prefix)) as changes:
             async for change in changes:
                 if isinstance(change, Batch):
-                    self._tell(self.apply(change))
+                    self.tell(self.apply(change))
                     continue
                 if isinstance(change, Gap):
                     _log.warning(
@@ -318,7 +318,7 @@ class Cluster:
                         change.lost_to,
                     )
                 self.load(change.snapshot if isinstance(change, Gap) else change)
-                self._tell(None)
+                self.tell(None)
                 self.loaded.set()
 
     def apply(self, batch: Batch) -> frozenset[DeviceId] | None:
@@ -542,7 +542,7 @@ class Cluster:
 
     # Who is told.
 
-    def _tell(self, devices: frozenset[DeviceId] | None) -> None:
+    def tell(self, devices: frozenset[DeviceId] | None) -> None:
         self.on_change(devices)
         for device in self._subscriptions if devices is None else devices:
             for subscription in self._subscriptions.get(device, ()):
