@@ -15,8 +15,8 @@ also says how the device stood when it was written, and what is made of that is 
 that follows. Nothing acts on the device before etcd has shown that it may.
 
 What wakes a device: its assignment here (`assignments/<me>/`), the deletion of its holder record, the end of
-its holder's session, the loss of a lease, a failure of its data path, a retry, and the sweep, which now and
-then and after a gap in what was watched looks at everything.
+its holder's session or of an order that kept it from being taken over, the loss of a lease, a failure of its
+data path, a retry, and the sweep, which now and then and after a gap in what was watched looks at everything.
 """
 
 import asyncio

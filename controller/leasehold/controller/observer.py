@@ -1,7 +1,7 @@
 """What this controller watches, and whom it tells.
 
 Its traffic grows with its own devices and not with the cluster: its own assignments, the specs, and of
-holders and registrations only the deletions.
+holders, registrations and operators' orders only the deletions.
 """
 
 import asyncio
