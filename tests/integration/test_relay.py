@@ -152,7 +152,8 @@ def test_knows_every_method_of_the_api() -> None:
     assert METHODS["/leasehold.v1.AccessService/RequestAccess"] is True
     assert METHODS["/leasehold.v1.DeviceService/TransferDevice"] is False
     assert METHODS["/leasehold.v1.MaintenanceService/DrainController"] is False
-    assert len(SERVICES) == 6
+    assert METHODS["/leasehold.v1.ExplanationService/Explain"] is False
+    assert len(SERVICES) == 7
 
 
 async def test_passes_a_call_on_and_its_answer_back(relayed: Relayed) -> None:

@@ -1,4 +1,4 @@
-"""An event loop on which nobody waits: when nothing is left to be done, its clock goes on to the next timer."""
+"""An event loop on which nobody waits: when nothing is left to be done, its clock goes to the next timer."""
 
 import asyncio
 import heapq

@@ -56,14 +56,12 @@ class Etcd:
         """As `Kv.txn`, at once."""
         if max(map(len, (compares, then, otherwise))) > MAX_OPERATIONS:
             raise InvalidRequest("too many operations")
+        for operations in (then, otherwise):
+            _check(operations)
         succeeded = all(map(self._holds, compares))
         branch = then if succeeded else otherwise
         written = [operation.key for operation in branch if isinstance(operation, Put | Delete)]
         puts = [operation for operation in branch if isinstance(operation, Put)]
-        if len({operation.key for operation in puts}) < len(puts) or any(
-            written.count(operation.key) > 1 for operation in puts
-        ):
-            raise InvalidRequest("the same key twice")
         for made in puts:
             if made.lease and made.lease not in self.leases:
                 raise LeaseNotFound(f"lease {made.lease:x}")
@@ -138,6 +136,14 @@ class Etcd:
         found = [item for item in found if item.mod_revision > operation.changed_after]
         found = found[: operation.limit] if operation.limit else found
         return [replace(item, value=b"") for item in found] if operation.keys_only else found
+
+
+def _check(operations: Sequence[Operation]) -> None:
+    """etcd refuses one key twice in a branch, whichever branch is taken, unless it is only deleted."""
+    written = [operation.key for operation in operations if isinstance(operation, Put | Delete)]
+    for operation in operations:
+        if isinstance(operation, Put) and written.count(operation.key) > 1:
+            raise InvalidRequest("the same key twice")
 
 
 def _folder(key: str) -> str:

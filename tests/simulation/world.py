@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,9 +99,13 @@ class World:
     def put(self, device: Device) -> None:
         self.etcd.txn((), (put(KEYS.device(device.device), encode(device)),))
 
-    async def coordinator(self, name: str, *, rate: float = 1.0) -> "SimulatedCoordinator":
-        """One more, whose clock runs at `rate`."""
+    async def coordinator(
+        self, name: str, *, rate: float = 1.0, eager: bool = False
+    ) -> "SimulatedCoordinator":
+        """One more, whose clock runs at `rate`. `eager`: it takes itself for the home of every device."""
         made = self.coordinators[name] = SimulatedCoordinator(self, name, rate)
+        if eager:
+            made.loop._is_home = lambda device: True  # type: ignore[method-assign]
         made.start()
         return made
 
@@ -214,6 +219,7 @@ class SimulatedCoordinator:
         self.loop = Loop(self.cluster, ledger, CoordinatorId(name))
         self.cluster.on_change = self.loop.look
         self._seen = 0.0
+        self._under_way: deque[Batch] = deque()
         self.blind_until = 0.0
         self._lease = 0
         self._task: asyncio.Task[None] | None = None
@@ -239,14 +245,21 @@ class SimulatedCoordinator:
         self._world.etcd.watchers.remove(self._told)
         self._world.etcd.revoke(self._lease)
 
+    def see_nothing_for(self, seconds: float) -> None:
+        """What comes to pass meanwhile it hears of afterwards."""
+        self.blind_until = asyncio.get_running_loop().time() + seconds
+
     def _told(self, batch: Batch) -> None:
         loop = asyncio.get_running_loop()
         late = loop.time() + self._world.about(self._world.timing.lag)
         # In order, whatever is drawn.
         self._seen = max(self._seen, late, self.blind_until)
-        loop.call_at(self._seen, self._apply, batch)
+        self._under_way.append(batch)
+        loop.call_at(self._seen, self._apply)
 
-    def _apply(self, batch: Batch) -> None:
+    def _apply(self) -> None:
+        # Of two timers of the same moment the later may come first.
+        batch = self._under_way.popleft()
         if self._told in self._world.etcd.watchers and batch.revision > self.cluster.revision:
             self.cluster.tell(self.cluster.apply(batch))
 
@@ -277,6 +290,11 @@ class SimulatedController:
         self.world.etcd.txn((), (put(key, encode(self.me), lease=lease),))
         self.world.etcd.watchers.append(self._told)
         self._go(self._clean_up(self.me))
+
+    def come_back(self) -> None:
+        """Start it again, if it does not run."""
+        if self.me is None:
+            self.start()
 
     def die(self) -> None:
         """It acts no more, and its leases run out."""

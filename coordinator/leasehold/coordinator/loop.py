@@ -60,6 +60,8 @@ RETRY = 0.5
 the refusal was about has long come by, so this only matters when nothing changes."""
 EARLY = 0.01
 """Seconds by which a timer may run off before its time."""
+LEAST = 0.001
+"""Seconds until a device is looked at again at the least: two clocks agree on no moment."""
 AT_A_TIME = 100
 """Devices glanced at before others have their turn, when all of them are to be looked at."""
 PUT_OFF = 5.0
@@ -104,7 +106,8 @@ class Loop:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                ready = [device for device in self._dirty if device not in self._busy]
+                # In an order of its own, so that the same things happen whenever the same is seen.
+                ready = sorted(device for device in self._dirty if device not in self._busy)
                 self._dirty.difference_update(ready)
                 for number, device in enumerate(ready, 1):
                     if self._is_home(device) and self._has_work(device):
@@ -351,6 +354,7 @@ class Loop:
 
     def _remind(self, device: DeviceId, what: str, seconds: float) -> None:
         """Look at a device again after so many seconds, unless that is under way."""
+        seconds = max(seconds, LEAST)
         now = asyncio.get_running_loop().time()
         known = self._timed.setdefault(device, {})
         # A timer may run off a little early, and then is set again.
