@@ -4,7 +4,7 @@ PYTHON ?= python3
 ROOTS := client controller coordinator proto store
 BIN := .venv/bin
 
-.PHONY: demo test chaos storm lint proto bench
+.PHONY: demo test chaos storm scale lint proto bench
 
 # A cluster on this machine, three controllers, and a device that changes hands.
 demo: .venv/.demo
@@ -24,6 +24,10 @@ chaos: .venv/.dev
 # LEASEHOLD_SEED repeats a plan. The figures come with what each test printed.
 storm: .venv/.dev
 	$(BIN)/pytest tests/storm -n 2 -rP --show-capture=stdout $(ARGS)
+
+# Ten thousand devices, and the death of a controller that holds a thousand: what docs/scale.md tells.
+scale: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -m scale $(ARGS)
 
 lint: .venv/.dev .venv-proto/.ready
 	$(BIN)/ruff check
