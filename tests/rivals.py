@@ -231,7 +231,10 @@ root = "{self.directory / "mnt"}"
         state = await self.installation.state()
         step = ownership.direct if state.holder else ownership.assign
         await self.installation.apply(step(self.installation.author, state, target, reason="test"))
-        return await self.served(name)
+        path = await self.served(name)
+        # It says so a moment before it lets anybody in.
+        await until(lambda: self.deadline(name) > 0)
+        return path
 
     async def served(self, name: str) -> str:
         async with asyncio.timeout(20):

@@ -39,6 +39,7 @@ from leasehold.store.records import (
     Device,
     Epoch,
     HolderState,
+    LeaseId,
     TakeoverPolicy,
     UnreleasedEpoch,
     lease_id,
@@ -61,6 +62,8 @@ class Activator:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._sessions_gone: set[LeaseId] = set()
+        """Of controllers that were fenced: known to have been revoked, or to have run out."""
 
     async def bring_up(self, hold: Hold) -> None:
         """From PREPARING to SERVING.
@@ -183,16 +186,21 @@ class Activator:
         live controller must not cost it its other devices.
         """
         context = self._context
-        names = sorted({item.controller for item in lower})
-        _, ranges = await context.kv.read(
-            *(get(context.keys.controller(name)) for name in names), timeout=context.timing.call
-        )
-        carried = {
-            name: lease_id(found[0].lease) if found else "" for name, found in zip(names, ranges, strict=True)
-        }
         leases = {item.device_lease for item in lower if item.device_lease}
-        leases |= {item.session_lease for item in lower if carried[item.controller] != item.session_lease}
-        await _together(*(context.keeper.revoke(lease_number(lease)) for lease in leases))
+        # A lease that is gone stays gone: of a dead controller with a thousand devices this is asked once.
+        doubtful = [item for item in lower if item.session_lease not in self._sessions_gone]
+        if names := sorted({item.controller for item in doubtful}):
+            _, ranges = await context.kv.read(
+                *(get(context.keys.controller(name)) for name in names), timeout=context.timing.call
+            )
+            carried = {
+                name: lease_id(found[0].lease) if found else ""
+                for name, found in zip(names, ranges, strict=True)
+            }
+            doubtful = [item for item in doubtful if carried[item.controller] != item.session_lease]
+        sessions = {item.session_lease for item in doubtful}
+        await _together(*(context.keeper.revoke(lease_number(lease)) for lease in leases | sessions))
+        self._sessions_gone |= sessions
 
     async def _publish(self, hold: Hold, state: DeviceState, whom: Serving) -> None:
         context = self._context

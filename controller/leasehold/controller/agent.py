@@ -134,7 +134,11 @@ class Agent:
         if self.stopping or me is None or (spec is not None and may_serve(spec.value, me)):
             return
         self._contest.seen(device, lost=lost, target=target)
-        self.worker.wake(device)
+        later = self._contest.head_start(device, spec.value, me) if spec is not None else 0.0
+        if later and device not in self.holds:
+            self.worker.wake_later(device, later)
+        else:
+            self.worker.wake(device)
 
     def session_lost(self, reason: str) -> None:
         """No hold outlives the session it began under."""

@@ -15,6 +15,7 @@ from leasehold.store.records import (
     Availability,
     Controller,
     ControllerId,
+    Device,
     DeviceId,
     Drain,
     Epoch,
@@ -78,6 +79,8 @@ class Contest:
         self._chances: dict[DeviceId, Chance] = {}
         self._roster: asyncio.Task[_Roster] | None = None
         self._said: dict[DeviceId, Epoch] = {}
+        self._known: tuple[Controller, ...] = ()
+        """Who was registered when that was read last."""
         self._kept: dict[DeviceId, Chance] = {}
         """What an order of a person keeps from being taken over here."""
         self._resumed = 0
@@ -89,6 +92,19 @@ class Contest:
         old = self._chances.get(device)
         if old is None or (old.target is None and target is not None):
             self._chances[device] = Chance(old.since if old else self._context.clock(), lost, target)
+
+    def head_start(self, device: DeviceId, spec: Device, me: Controller) -> float:
+        """Seconds that a device need not even be looked at, because others go first.
+
+        By the last reading of the registrations, however old: `compete` decides by a new one. Of a dead
+        controller with a thousand devices each of the others would read every one of them otherwise.
+        """
+        chance = self._chances.get(device)
+        if chance is None or len(self._known) < 2:
+            return 0.0
+        order = ranking(spec, self._known, {}, target=chance.target, lost=chance.lost)
+        rank = order.index(me.controller) if me.controller in order else 0
+        return rank * self._context.timing.head_start
 
     def over(self, device: DeviceId) -> None:
         """Somebody holds it, or nobody has to."""
@@ -214,7 +230,8 @@ class Contest:
                 controllers.append(decode(Controller, item).value)
             except Unreadable as error:
                 _log.error("it can not be ranked for takeovers: %s", error)
-        return _Roster(read_at, tuple(controllers), carried)
+        self._known = tuple(controllers)
+        return _Roster(read_at, self._known, carried)
 
     async def _standing(self, device: DeviceId) -> tuple[dict[ControllerId, int], str]:
         """How often controllers failed lately, and which order keeps this one from taking the device over."""
