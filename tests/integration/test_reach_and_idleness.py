@@ -25,7 +25,7 @@ SOON = 60.0
 """Seconds for what takes one or two on an idle machine."""
 TTL = 3
 SIZE = 8 << 20
-IDLE = 2
+IDLE = 4
 """Seconds."""
 _HIDDEN = 'mount -t tmpfs none "$0" && exec "$@"'
 

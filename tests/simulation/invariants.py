@@ -74,7 +74,8 @@ def in_turn(world: World) -> None:
                 before = (entry.due, -entry.priority, revisions[device, name])
                 after = (mine.due, -mine.priority, revisions.get((device, chosen), batch.revision))
                 if before < after and name != chosen:
-                    assert f"passing over {name}" in reason or name in reason, (
+                    # Of many it tells the number.
+                    assert name in reason or " more" in reason, (
                         f"{chosen} was chosen for {device} before {name}: {reason}"
                     )
         for event in batch.events:

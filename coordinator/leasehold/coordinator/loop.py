@@ -201,11 +201,13 @@ class Loop:
             return self._ledger.transaction(view, decision)
         # Whichever of its devices comes last finds all others ready.
         views = [self._cluster.view(device) for device in decision.waiting.request.devices]
+        reasons = []
         for other in views:
             there = plan(other)
             if not isinstance(there, Ready) or there.waiting.request != decision.waiting.request:
                 return None
-        return self._ledger.together(views, decision.waiting, decision.reason)
+            reasons.append(f"{other.device}: {there.reason}")
+        return self._ledger.together(views, decision.waiting, "; ".join(reasons))
 
     def _note(self, view: DeviceView) -> None:
         """An alarm for what an operator has to look at, once for each thing that is wrong."""
