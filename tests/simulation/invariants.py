@@ -63,7 +63,7 @@ def one_grant(world: World) -> None:
 def in_turn(world: World) -> None:
     """R3, R4: whoever is chosen for a device goes before all that wait for it, or its reason names them."""
     queues: dict[str, dict[str, QueueEntry]] = defaultdict(dict)
-    revisions: dict[tuple[str, str], int] = {}
+    arrived: dict[str, int] = {}
     for batch in world.log:
         waiting = {device: dict(entries) for device, entries in queues.items()}
         for device, chosen, reason in _chosen(batch.events):
@@ -71,21 +71,22 @@ def in_turn(world: World) -> None:
             if mine is None:
                 continue
             for name, entry in waiting.get(device, {}).items():
-                before = (entry.due, -entry.priority, revisions[device, name])
-                after = (mine.due, -mine.priority, revisions.get((device, chosen), batch.revision))
+                before = (entry.due, -entry.priority, arrived[name])
+                after = (mine.due, -mine.priority, arrived[chosen])
                 if before < after and name != chosen:
                     # Of many it tells the number.
                     assert name in reason or " more" in reason, (
                         f"{chosen} was chosen for {device} before {name}: {reason}"
                     )
         for event in batch.events:
+            if event.key.startswith(KEYS.requests) and event.kv is not None:
+                arrived[event.key.removeprefix(KEYS.requests)] = event.kv.create_revision
             if event.key.startswith(f"{KEYS.prefix}queue/"):
                 device, name = event.key.removeprefix(f"{KEYS.prefix}queue/").split("/")
                 if event.kv is None:
                     queues[device].pop(name, None)
                 else:
                     queues[device][name] = decode(QueueEntry, event.kv).value
-                    revisions[device, name] = event.kv.create_revision
 
 
 def _chosen(events: tuple[Event, ...]) -> Iterator[tuple[str, str, str]]:

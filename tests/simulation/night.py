@@ -42,7 +42,8 @@ MINUTES = {"restore": 8.0, "backup": 18.0, "verify": 12.0, "copy": 15.0}
 POOLED = 0.7
 """The share of jobs that any tape drive of a pool will do for; the others want one device."""
 CHOOSY = 0.5
-"""The share of jobs that want to be served by one controller, which has the client's network at its back."""
+"""The share of jobs that want to be served by one controller, which has the client's network at its back. Who has
+to restore takes any: that one may be dead."""
 GRACE = 60
 SETTLED = 300
 """Seconds that a device stays at least where it is."""
@@ -157,7 +158,9 @@ async def _work(world: World, chance: random.Random, job: Job) -> None:
         client=f"client of {job.name}",
         device=DeviceId("") if pooled else device.device,
         selector=device.labels if pooled else {},
-        controller=chance.choice(device.controllers) if choosy else ControllerId(""),
+        controller=chance.choice(device.controllers)
+        if choosy and job.kind != "restore"
+        else ControllerId(""),
         priority=PRIORITIES[job.kind],
         operation=job.kind,
         on_preemption=PreemptedPolicy.REQUEUE,

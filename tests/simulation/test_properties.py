@@ -196,7 +196,7 @@ def sound(world: World) -> None:
     invariants.at_rest(world)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(worlds)
 def test_whatever_happens(drawn: dict[str, object]) -> None:
     world = lived(**drawn)
@@ -302,3 +302,18 @@ def test_an_inversion_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(planner._Passed, "__str__", lambda _: "")
     with pytest.raises(AssertionError, match="was chosen"):
         invariants.in_turn(lived(**drawn, asked=asked))
+
+
+def test_who_was_thrown_out_does_not_get_it_back_while_it_is_to_stay_there() -> None:
+    """The urgent one wants it elsewhere, and after each use it stays where it was for a while."""
+    low = replace(ALL_AT_ONCE[0], priority=10, controller=1, uses=60.0, requeue=True)
+    urgent = replace(low, at=5.0, priority=90, controller=2)
+    policy = {"preemption": PreemptionPolicy.LOWER, "min_hold_seconds": 0, "cool_down_seconds": 5}
+    world = lived(**{**CALM, "policy": policy, "asked": [low, urgent]})
+    sound(world)
+    granted = [
+        request.request
+        for _, _, request in world.history(AccessRequest, "requests")
+        if request is not None and request.state is RequestState.GRANTED
+    ]
+    assert granted == ["r0", "r1", "r0"]

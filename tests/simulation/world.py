@@ -45,6 +45,8 @@ from leasehold.store.watch import Batch, EventKind
 from simulation.etcd import Etcd, FakeKv
 
 KEYS = Keys("/sim/")
+SWEEP = 60.0
+"""Seconds between two looks of a controller at everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +292,7 @@ class SimulatedController:
         self.world.etcd.txn((), (put(key, encode(self.me), lease=lease),))
         self.world.etcd.watchers.append(self._told)
         self._go(self._clean_up(self.me))
+        self._go(self._sweep(self.me))
 
     def come_back(self) -> None:
         """Start it again, if it does not run."""
@@ -408,6 +411,22 @@ class SimulatedController:
                     await self.world.commit(self._released(state, epochs, None))
                 except NotPossible:
                     continue
+
+    async def _sweep(self, me: Controller) -> None:
+        """What nobody told it of, or what came to nothing, it finds now and then."""
+        while self.me is me:
+            await asyncio.sleep(self.world.about(SWEEP))
+            for device in sorted(_names(self.world.etcd, KEYS.epochs)):
+                state = self.world.state(device)
+                holder = state.holder.value if state.holder else None
+                registered = holder and self.world.etcd.items.get(KEYS.controller(holder.controller))
+                if holder is None or registered is None:
+                    await self._compete(me, device)
+                elif holder.instance == me.instance and holder.state is not HolderState.ACTIVE:
+                    item = self.world.etcd.items.get(KEYS.assignment(me.controller, device))
+                    if item is not None:
+                        self._go(self._act(me, decode(Assignment, item).value))
+            await self._clean_up(me)
 
     async def _compete(self, me: Controller, device: DeviceId) -> None:
         """Take it over if it is vacant, each in the order of preference."""

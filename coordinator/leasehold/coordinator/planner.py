@@ -60,6 +60,8 @@ from leasehold.store.records import (
 )
 from leasehold.store.requests import MOST_TOGETHER, why_anew
 
+NOBODY = -1
+"""Less than any priority."""
 NAMED = 3
 """Clients that a reason names. Of many it tells the number."""
 
@@ -302,10 +304,14 @@ def _unused(view: DeviceView, holder: Holder) -> Decision:
     # Nobody else is looked for where the holder will do: most decisions are of that kind.
     placement: Placement | None = None
     passed = _Passed()
+    # Who was thrown out for somebody who wants it elsewhere must not have it back while it is to stay here.
+    urgent = NOBODY
     for waiting in view.queue:
         request = waiting.request
         if waiting.hindered:
             passed.over(waiting, waiting.hindered)
+        elif request.priority < urgent:
+            passed.over(waiting, "it would be thrown out again by one that waits before it")
         elif not unfit and request.controller in ("", holder.controller):
             if anew := why_anew(holder, request.mode):
                 reason = f"{holder.controller} begins a new epoch: {anew}{passed}"
@@ -318,6 +324,8 @@ def _unused(view: DeviceView, holder: Holder) -> Decision:
                 passed.over(waiting, target)
             elif view.settling and not unfit:
                 passed.over(waiting, f"{target.controller} is wanted, but {_settling(holder)}")
+                if _preemptible(view):
+                    urgent = max(urgent, request.priority)
             else:
                 wanted = request.controller
                 why = f"{wanted} is wanted" if wanted else f"{holder.controller} {unfit}"
@@ -436,6 +444,11 @@ def _withdrawing(view: DeviceView, use: str, by: str) -> Decision:
     return Wait(f"{use}; they are to stop {limit} for request {by}, which has a higher priority")
 
 
+def _preemptible(view: DeviceView) -> bool:
+    spec = view.state.spec
+    return spec is not None and spec.value.preemption is not PreemptionPolicy.NEVER
+
+
 def _preemption(view: DeviceView, waiting: Waiting, use: str) -> Preempt | None:
     """That those who have the device are to stop for `waiting`, if the device's policy and priorities say so.
 
@@ -444,7 +457,7 @@ def _preemption(view: DeviceView, waiting: Waiting, use: str) -> Preempt | None:
     """
     spec = view.state.spec
     request = waiting.request
-    if spec is None or spec.value.preemption is PreemptionPolicy.NEVER or request.devices:
+    if spec is None or not _preemptible(view) or request.devices:
         return None
     users = [view.users.get(grant.value.request) for grant in view.state.grants]
     if not all(user is not None and user.priority < request.priority for user in users):
