@@ -42,12 +42,12 @@ MINUTES = {"restore": 8.0, "backup": 18.0, "verify": 12.0, "copy": 15.0}
 POOLED = 0.7
 """The share of jobs that any tape drive of a pool will do for; the others want one device."""
 CHOOSY = 0.5
-"""The share of jobs that want to be served by one controller, which has the client's network at its back. Who has
-to restore takes any: that one may be dead."""
+"""The share of jobs that want to be served by one controller, which has the client's network at its back.
+Who has to restore takes any: that one may be dead."""
 GRACE = 60
 SETTLED = 300
 """Seconds that a device stays at least where it is."""
-REAL = Timing(latency=0.001, lag=0.003, activate=8.0, drain=3.0, ttl=10.0)
+REAL = Timing(latency=0.001, lag=0.003, activate=8.0, drain=3.0, ttl=10.0, sweep=600.0)
 
 
 @dataclass

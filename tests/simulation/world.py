@@ -45,8 +45,6 @@ from leasehold.store.watch import Batch, EventKind
 from simulation.etcd import Etcd, FakeKv
 
 KEYS = Keys("/sim/")
-SWEEP = 60.0
-"""Seconds between two looks of a controller at everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +59,8 @@ class Timing:
     drain: float = 1.0
     ttl: float = 10.0
     hold_off: float = 1.0
+    sweep: float = 60.0
+    """Between two looks of a controller at everything."""
 
 
 class World:
@@ -415,7 +415,7 @@ class SimulatedController:
     async def _sweep(self, me: Controller) -> None:
         """What nobody told it of, or what came to nothing, it finds now and then."""
         while self.me is me:
-            await asyncio.sleep(self.world.about(SWEEP))
+            await asyncio.sleep(self.world.about(self.world.timing.sweep))
             for device in sorted(_names(self.world.etcd, KEYS.epochs)):
                 state = self.world.state(device)
                 holder = state.holder.value if state.holder else None
