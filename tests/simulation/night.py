@@ -47,7 +47,7 @@ Who has to restore takes any: that one may be dead."""
 GRACE = 60
 SETTLED = 300
 """Seconds that a device stays at least where it is."""
-REAL = Timing(latency=0.001, lag=0.003, activate=8.0, drain=3.0, ttl=10.0, sweep=600.0)
+REAL = Timing(latency=0.001, lag=0.003, activate=8.0, drain=3.0, ttl=10.0, sweep=60.0)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from simulation.night import JOBS, Night, night
 from simulation.plot import plot
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(scope="module", params=[1, 2, 3])
 def found(request: pytest.FixtureRequest) -> Night:
     return night(request.param)
 

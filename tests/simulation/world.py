@@ -417,16 +417,15 @@ class SimulatedController:
         while self.me is me:
             await asyncio.sleep(self.world.about(self.world.timing.sweep))
             for device in sorted(_names(self.world.etcd, KEYS.epochs)):
-                state = self.world.state(device)
-                holder = state.holder.value if state.holder else None
+                item = self.world.etcd.items.get(KEYS.holder(device))
+                holder = decode(Holder, item).value if item else None
                 registered = holder and self.world.etcd.items.get(KEYS.controller(holder.controller))
                 if holder is None or registered is None:
                     await self._compete(me, device)
                 elif holder.instance == me.instance and holder.state is not HolderState.ACTIVE:
-                    item = self.world.etcd.items.get(KEYS.assignment(me.controller, device))
-                    if item is not None:
-                        self._go(self._act(me, decode(Assignment, item).value))
-            await self._clean_up(me)
+                    told = self.world.etcd.items.get(KEYS.assignment(me.controller, device))
+                    if told is not None:
+                        self._go(self._act(me, decode(Assignment, told).value))
 
     async def _compete(self, me: Controller, device: DeviceId) -> None:
         """Take it over if it is vacant, each in the order of preference."""
