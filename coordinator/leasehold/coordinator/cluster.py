@@ -194,8 +194,8 @@ class Cluster:
         return tuple(f"{self.keys.prefix}{kind}/" for kind in (*_TOP, *_NESTED))
 
     def waiting(self, device: DeviceId) -> int:
-        """How many wait for a device, or for any, if that is `NO_DEVICE`."""
-        return len(self._nested["queue"].get(device, ())) if device else len(self._pools)
+        """How many wait for this very device."""
+        return len(self._nested["queue"].get(device, ()))
 
     @property
     def pools(self) -> Pools:
