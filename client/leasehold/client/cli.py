@@ -198,11 +198,12 @@ def demo(directory: Directory = None) -> None:
     """Show on a cluster of its own that what is promised holds, with the times it takes."""
     from leasehold.client import demo as demonstration  # noqa: PLC0415
 
-    _on_end(_interrupt)
+    ending = demonstration.Ending()
+    _on_end(ending.by)
     try:
-        raise typer.Exit(demonstration.show(directory, say))
-    except _Ended as error:
-        raise typer.Exit(128 + error.number) from error
+        raise typer.Exit(demonstration.show(directory, say, ending))
+    except KeyboardInterrupt as error:
+        raise typer.Exit(128 + ending.number) from error
 
 
 def main() -> None:
@@ -223,18 +224,6 @@ def _progress(device: str) -> "Callable[[Progress], None]":
         told = line
 
     return tell
-
-
-class _Ended(KeyboardInterrupt):
-    """A signal that ends a program. Derived from what the event loop lets through."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-def _interrupt(number: int) -> None:
-    raise _Ended(number)
 
 
 def _on_end(act: Callable[[int], None]) -> None:

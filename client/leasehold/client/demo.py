@@ -8,7 +8,8 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -36,13 +37,48 @@ class Broken(Exception):
     """A promise that did not hold."""
 
 
-def show(directory: Path | None, say: Callable[[str], None]) -> int:
-    """Run the demonstration; the exit code. Raises what `DevCluster.start` raises."""
+class Ending:
+    """A signal's way to the demonstration: an exception; but while an event loop runs, its own way to end.
+
+    An exception out of the middle of a loop's round leaves it with half of what that round was to do.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Of the signal; 0 if there was none."""
+        self._cancel: Callable[[], object] | None = None
+
+    def by(self, number: int) -> None:
+        """What a signal handler is to do. Raises KeyboardInterrupt."""
+        self.number = number
+        if self._cancel is None:
+            raise KeyboardInterrupt
+        self._cancel()
+
+    def run(self, main: Coroutine[object, object, None]) -> None:
+        """Run `main` in an event loop. Raises what it raises, and KeyboardInterrupt."""
+        try:
+            asyncio.run(self._cancellable(main))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            self._cancel = None
+        if self.number:
+            raise KeyboardInterrupt
+
+    async def _cancellable(self, main: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(main)
+        self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        await task
+
+
+def show(directory: Path | None, say: Callable[[str], None], ending: Ending) -> int:
+    """Run the demonstration; the exit code. Raises what `DevCluster.start` raises, and KeyboardInterrupt."""
     # The third is preferred, so that it is seen to take over although it was never asked.
     with DevCluster(directory, devices=0, say=say) as cluster:
         cluster.add_device(DEVICE, controllers=("c", "a", "b"))
         try:
-            asyncio.run(_Demo(cluster).run())
+            ending.run(_Demo(cluster).run())
         except (Broken, LeaseholdError, OSError, TimeoutError) as error:
             what = str(error) or f"a step took more than {LIMIT:g} s"
             say(f"BROKEN PROMISE: {what}")
