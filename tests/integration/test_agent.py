@@ -100,6 +100,9 @@ class FakeDriver:
         self.read_only: dict[int, bool] = {}
         """Of each epoch that was activated, for what."""
 
+    def fence_of(self, parameters: Mapping[str, str]) -> FenceKind:
+        return self.fence_kind
+
     async def start(self) -> None:
         for held in self.storage.writers.values():
             held.pop(self.who, None)

@@ -156,7 +156,8 @@ class Activator:
             or not context.journal.knows(item.instance)
             or context.journal.is_open(hold.device, item.epoch)
         )
-        if strangers and hold.driver.fence_kind is FenceKind.NONE:
+        kind = hold.driver.fence_of(hold.activation.parameters)
+        if strangers and kind is FenceKind.NONE:
             # Nobody takes such a device over; whoever has come to hold it by another way must not act either.
             raise FenceRefused(hold.device, hold.epoch, obstacle(FenceKind.NONE))
         if strangers:
@@ -167,7 +168,7 @@ class Activator:
             )
             await self._revoke(strangers)
             self._step(hold, "revoked")
-            if hold.driver.fence_kind is not FenceKind.RESERVATION:
+            if kind is not FenceKind.RESERVATION:
                 wait = context.timing.wait_after_revocation(
                     TakeoverPolicy(spec.takeover), strangers, spec.ttl
                 )

@@ -141,8 +141,8 @@ class Contest:
         spec = state.spec.value if state.spec else None
         driver = context.drivers.get(spec.driver) if spec else None
         why_not = "it has no spec" if spec is None else may_serve(spec, me)
-        if not why_not and driver is not None:
-            why_not = obstacle(driver.fence_kind)
+        if not why_not and driver is not None and spec is not None:
+            why_not = obstacle(driver.fence_of(spec.parameters))
             self._say_once(device, state, why_not)
         if why_not or spec is None:
             self.over(device)

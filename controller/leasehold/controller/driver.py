@@ -143,8 +143,12 @@ class Driver(Protocol):
 
     name: str
     fence_kind: FenceKind
+    """The weakest that a device of it can have."""
     writes_to_activate: bool
     """Whether making a device usable writes to it: then the right to it is proved before, by a read."""
+
+    def fence_of(self, parameters: Mapping[str, str]) -> FenceKind:
+        """What a device with these parameters has. `fence_kind`, unless they say more."""
 
     async def start(self) -> None:
         """Prove that nothing of an earlier instance is left, then get ready. Raises DriverError."""

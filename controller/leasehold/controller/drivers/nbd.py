@@ -61,6 +61,9 @@ class NbdDriver:
             fencer=context.fencer,
         )
 
+    def fence_of(self, parameters: Mapping[str, str]) -> FenceKind:  # noqa: ARG002 - all alike
+        return self.fence_kind
+
     async def start(self) -> None:
         try:
             await prove_workers_gone(self._context.state_dir, _RECOVERY_SECONDS)
