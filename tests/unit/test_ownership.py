@@ -7,17 +7,19 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import leasehold.store.ownership as module
 from installation import DISK, Installation, examine, puts
-from leasehold.store.codec import decode, encode
+from leasehold.store.codec import Stored, decode, encode
 from leasehold.store.kv import KeyValue
 from leasehold.store.ownership import (
     TRANSITIONS,
     DeviceState,
     NotPossible,
+    after,
     assign,
     confirm_dead,
     device_state,
@@ -37,8 +39,10 @@ from leasehold.store.records import (
     ControllerId,
     DeviceId,
     Epoch,
+    Grant,
     HolderState,
     LeaseId,
+    RequestId,
     lease_number,
 )
 from leasehold.store.transaction import Refused, Transaction
@@ -128,7 +132,26 @@ STATES: dict[str, Callable[[Scene], Awaitable[None]]] = {
     "vanished, session gone": without_session(vanished),
 }
 
+
+def written(record: Stored[Any] | None) -> tuple[object, ...]:
+    """What a transaction compares and writes of a record."""
+    assert record is not None
+    return record.key, record.value, record.mod_revision, record.kv.value, record.kv.lease
+
+
 Build = Callable[[Scene, DeviceState], Transaction]
+
+
+async def seen_at(installation: Installation, name: str) -> None:
+    """A client has access."""
+    grant = Grant(
+        device=DISK,
+        request=RequestId(name),
+        controller=ControllerId("a"),
+        epoch=Epoch(1),
+        path="nbd://a/d1-1",
+    )
+    await installation.kv.put(installation.keys.grant(DISK, grant.request), encode(grant))
 
 
 def confirmed(
@@ -403,6 +426,27 @@ async def test_a_takeover_fences_nobody_by_itself(installation: Installation) ->
     state = await installation.publish()
     assert [item.epoch for item in state.unreleased] == [2], "who serves has fenced all before"
     await examine(installation)
+
+
+@pytest.mark.parametrize("loss", ["vanished", "active, session gone"])
+async def test_who_takes_over_knows_what_stands_then(installation: Installation, loss: str) -> None:
+    scene = await setting(installation)
+    await STATES[loss](scene)
+    await seen_at(installation, "q1")
+    state = await scene.state()
+    made = take_over(installation.author, state, scene.b, reason="r")
+    applied = await installation.apply(made)
+    known, read = after(installation.keys, state, made, applied.revision), await scene.state()
+    assert [written(item) for item in (known.spec, known.epochs, known.holder, *known.grants)] == [
+        written(item) for item in (read.spec, read.epochs, read.holder, *read.grants)
+    ]
+
+
+async def test_nobody_takes_over_past_a_client_that_he_did_not_see(installation: Installation) -> None:
+    scene, state = await arrive(installation, "active, session gone")
+    await seen_at(installation, "q1")
+    await installation.refused(take_over(installation.author, state, scene.b, reason="r"))
+    await installation.apply(take_over(installation.author, await scene.state(), scene.b, reason="r"))
 
 
 async def test_of_two_successors_one_takes_over(installation: Installation) -> None:

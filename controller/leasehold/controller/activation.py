@@ -15,9 +15,8 @@ The proof of step 4 is a linearizable read where activating writes, as mounting 
 6 comes before step 5, and is the proof: it applies to nothing but the record of this hold. A client that has
 the path a moment before the gate opens is kept waiting by the driver.
 
-What stands is known from the assignment, which says what its transaction wrote, or is read beside step 2. It
-only has to be right at the end, because the publication compares it; when it shows lower epochs, it is read
-again after they were fenced.
+What stands is known from the assignment or the takeover, whose transaction wrote it, or is read beside step
+2. It only has to be right at the end, because the publication compares it.
 """
 
 import asyncio
@@ -92,10 +91,12 @@ class Activator:
                 patience.reschedule(None)
                 await self._fence(hold, spec, lower)
                 fenced |= {item.epoch for item in lower}
-                state, whom = await self._read(hold)
+                if driver.writes_to_activate:
+                    state, whom = await self._read(hold)
                 patience.reschedule(asyncio.get_running_loop().time() + self._context.timing.verb)
             if driver.writes_to_activate:
-                state, whom = await self._read(hold)
+                if not fenced:
+                    state, whom = await self._read(hold)
                 await self._activate(hold)
         await self._publish(hold, state, whom)
         if not driver.writes_to_activate:
@@ -243,10 +244,10 @@ class Activator:
 
 
 def _whom(keys: Keys, told: Told) -> Serving:
-    """The client is taken to be there: the publication compares it."""
+    """The client is taken to be there: the publication compares it, and the grants."""
     answering = told.answering
     if answering is None or answering.base is None:
-        return Serving()
+        return Serving(told.state.grants)
     kv = KeyValue(keys.request(answering.id), answering.base, 0, answering.revision, 0, 0)
     return Serving(request=Stored(answering.request, kv), attended=True)
 

@@ -20,6 +20,7 @@ data path, a retry, and the sweep, which now and then and after a gap in what wa
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from typing import cast
@@ -38,7 +39,7 @@ from leasehold.controller.takeover import Backoff, may_serve
 from leasehold.controller.worker import KeyedWorker
 from leasehold.store.codec import Stored
 from leasehold.store.errors import StoreError, Unavailable
-from leasehold.store.kv import KeyValue, delete, get, unchanged
+from leasehold.store.kv import Get, KeyValue, delete, get, unchanged
 from leasehold.store.ownership import DeviceState, NotPossible, Told, told
 from leasehold.store.records import (
     NO_EPOCH,
@@ -134,11 +135,16 @@ class Agent:
         if self.stopping or me is None or (spec is not None and may_serve(spec.value, me)):
             return
         self._contest.seen(device, lost=lost, target=target)
-        later = self._contest.head_start(device, spec.value, me) if spec is not None else 0.0
+        later = self._others_first(device)
         if later and device not in self.holds:
             self.worker.wake_later(device, later)
         else:
             self.worker.wake(device)
+
+    def _others_first(self, device: DeviceId) -> float:
+        """Seconds that a device which lost its holder need not be looked at, because others go first."""
+        me, spec = self._session.me, self.specs.get(device)
+        return self._contest.wait(device, spec.value, me) if me is not None and spec is not None else 0.0
 
     def session_lost(self, reason: str) -> None:
         """No hold outlives the session it began under."""
@@ -227,28 +233,32 @@ class Agent:
                 if await self._bring_up(hold):
                     return
                 continue
-            state, found = await self._look(device, hold, told)
-            if hold is not None and hold.phase is Phase.ENDING:
-                self._returns.wake(device)
-                self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
+            if hold is None and (later := self._others_first(device)):
+                self.worker.wake_later(device, later)
                 return
-            decision = decide(self._situation(device, hold), state)
-            if decision.step is not Step.WAIT:
-                self._busy.pop(device, None)
-            seen = _revisions(state)
-            if decision.step is Step.SWAP and seen == refused:
-                # Nothing changed but the target, which is gone. A commit of our own settles it, and the
-                # coordinator chooses again.
-                decision = Decision(
-                    Step.RELEASE, "the one it was to be passed to is gone", frozenset({state.epoch})
-                )
-            try:
-                done = await self._act(device, hold, state, found, decision)
-            except NotPossible as error:
-                _log.info("device %s: %s; looking again", device, error.reason)
-                continue
-            finally:
-                told = None
+            async with self._contest.turn(device) if hold is None else contextlib.nullcontext():
+                state, found = await self._look(device, hold, told)
+                if hold is not None and hold.phase is Phase.ENDING:
+                    self._returns.wake(device)
+                    self.worker.wake_later(device, min(2.0**hold.proofs_missed, _LONGEST_PROOF_PAUSE))
+                    return
+                decision = decide(self._situation(device, hold), state)
+                if decision.step is not Step.WAIT:
+                    self._busy.pop(device, None)
+                seen = _revisions(state)
+                if decision.step is Step.SWAP and seen == refused:
+                    # Nothing changed but the target, which is gone. A commit of our own settles it, and the
+                    # coordinator chooses again.
+                    decision = Decision(
+                        Step.RELEASE, "the one it was to be passed to is gone", frozenset({state.epoch})
+                    )
+                try:
+                    done = await self._act(device, hold, state, found, decision)
+                except NotPossible as error:
+                    _log.info("device %s: %s; looking again", device, error.reason)
+                    continue
+                finally:
+                    told = None
             if done:
                 return
             if decision.step is Step.SWAP:
@@ -293,8 +303,10 @@ class Agent:
         if hold is not None and told is not None and _is_to_yield(hold, told.state):
             await self._settler.prove(hold)
             return told.state, ()
-        failures = get(context.keys.availability(device, context.name))
-        more = (failures,) if self._has_failed(device, hold) else ()
+        if self._has_failed(device, hold):
+            more: tuple[Get, ...] = (get(context.keys.availability(device, context.name)),)
+        else:
+            more = self._contest.reads(device) if hold is None else ()
         reading = context.read(device, *more)
         if hold is None or hold.phase is not Phase.ENDING:
             return await reading
@@ -361,7 +373,9 @@ class Agent:
                 self._gone(device, hold, min(hold.epoch, state.epoch))
                 return False
             case Step.COMPETE:
-                return await self._compete(device, state)
+                # What a refusal was read for is another range.
+                mine = found if hold is None and not self._has_failed(device, hold) else ()
+                return await self._compete(device, state, mine)
             case Step.WAIT:
                 self._say_busy(device, state, decision.reason)
                 self.worker.wake_later(device, _BUSY)
@@ -377,15 +391,18 @@ class Agent:
             _log.error("device %s epoch %d holder - request -: %s", device, state.epoch, reason)
         self._busy[device] = reason
 
-    async def _compete(self, device: DeviceId, state: DeviceState) -> bool:
+    async def _compete(
+        self, device: DeviceId, state: DeviceState, found: tuple[tuple[KeyValue, ...], ...]
+    ) -> bool:
         me = self._session.me
         if me is None:
             return True
-        outcome = await self._contest.compete(device, state, me, self.backoffs.get(device, Backoff()))
+        backoff = self.backoffs.get(device, Backoff())
+        outcome = await self._contest.compete(device, state, me, backoff, found)
         match outcome:
-            case Won(epoch):
+            case Won(epoch, told):
                 spec = state.spec.value if state.spec else None
-                self._begin(device, epoch, spec, read_only=state.successor_reads_only)
+                self._begin(device, epoch, spec, read_only=state.successor_reads_only, told=told)
                 return False
             case Later(seconds):
                 self.worker.wake_later(device, seconds)

@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from leasehold.controller.context import Context
 from leasehold.controller.takeover import Backoff, may_serve, obstacle, ranking, vacant
 from leasehold.store.clock import NANOSECONDS
 from leasehold.store.codec import Unreadable, decode
-from leasehold.store.kv import KeyValue, absent, get, get_prefix
-from leasehold.store.ownership import DeviceState, take_over
+from leasehold.store.kv import Get, KeyValue, absent, get, get_prefix
+from leasehold.store.ownership import DeviceState, Told, after, take_over
 from leasehold.store.records import (
     ANY,
+    NO_REQUEST,
     Availability,
     Controller,
     ControllerId,
@@ -30,6 +33,10 @@ _log = logging.getLogger(__name__)
 _ROSTER_LIFE = 1.0
 """Seconds for which one reading of the registrations serves the takeovers of many devices. It is advice: what
 is decided by it is compared again in the transaction."""
+_AT_ONCE = 32
+"""Devices that are being taken over at the same time, up to the commit that does it."""
+_ONE_OF_MANY = 0.005
+"""Seconds of head start for each device that waits to be taken over: what one takes on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +50,13 @@ class Chance:
 
 @dataclass(frozen=True, slots=True)
 class Won:
-    """The device is ours in `epoch`, and has to be activated."""
+    """The device is ours in `epoch`, and has to be activated.
+
+    `told` is how it stands now, if that can be said without reading it again.
+    """
 
     epoch: Epoch
+    told: Told | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ class Contest:
         self._kept: dict[DeviceId, Chance] = {}
         """What an order of a person keeps from being taken over here."""
         self._resumed = 0
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     def seen(
         self, device: DeviceId, *, lost: ControllerId | None = None, target: ControllerId | None = None
@@ -93,7 +105,7 @@ class Contest:
         if old is None or (old.target is None and target is not None):
             self._chances[device] = Chance(old.since if old else self._context.clock(), lost, target)
 
-    def head_start(self, device: DeviceId, spec: Device, me: Controller) -> float:
+    def wait(self, device: DeviceId, spec: Device, me: Controller) -> float:
         """Seconds that a device need not even be looked at, because others go first.
 
         By the last reading of the registrations, however old: `compete` decides by a new one. Of a dead
@@ -104,7 +116,19 @@ class Contest:
             return 0.0
         order = ranking(spec, self._known, {}, target=chance.target, lost=chance.lost)
         rank = order.index(me.controller) if me.controller in order else 0
-        return rank * self._context.timing.head_start
+        return self._left(chance, rank)
+
+    def turn(self, device: DeviceId) -> AbstractAsyncContextManager[object]:
+        """Of a thousand devices some go all the way while others wait: each then waits out what follows, in
+        which earlier holders have to stop, beside the takeovers of others and not after them.
+        """
+        return self._turns if device in self._chances else nullcontext()
+
+    def _left(self, chance: Chance, rank: int) -> float:
+        """Seconds until whoever is `rank`th may take a device over. Those before it may have many to take."""
+        each = self._context.timing.head_start + len(self._chances) * _ONE_OF_MANY
+        due = chance.since + int(rank * each * NANOSECONDS)
+        return max((due - self._context.clock()) / NANOSECONDS, 0.0)
 
     def over(self, device: DeviceId) -> None:
         """Somebody holds it, or nobody has to."""
@@ -128,10 +152,22 @@ class Contest:
             self._roster.cancel()
             await asyncio.gather(self._roster, return_exceptions=True)
 
+    def reads(self, device: DeviceId) -> tuple[Get, ...]:
+        """What `compete` needs beside the control of a device that may be taken over; nothing of others."""
+        return self._standing_reads(device) if device in self._chances else ()
+
     async def compete(
-        self, device: DeviceId, state: DeviceState, me: Controller, backoff: Backoff
+        self,
+        device: DeviceId,
+        state: DeviceState,
+        me: Controller,
+        backoff: Backoff,
+        found: Sequence[tuple[KeyValue, ...]] = (),
     ) -> Won | Later | Passed:
-        """Take the device over if that is possible and this controller's turn."""
+        """Take the device over if that is possible and this controller's turn.
+
+        `found` is what `reads` asked for brought, if it was asked.
+        """
         if state.holder is None:
             self.seen(device)
         chance = self._chances.get(device)
@@ -154,8 +190,10 @@ class Contest:
         if not why:
             self.over(device)
             return Passed("its holder is there")
+        failures, ordered = _standing(found) if found else ({}, "unknown")
         seen = self._resumed
-        failures, ordered = await self._standing(device)
+        if ordered:
+            failures, ordered = await self._standing(device)
         if ordered:
             if seen != self._resumed:
                 # It may have been taken back between this reading and now.
@@ -174,9 +212,8 @@ class Contest:
                 lost=chance.lost,
             )
             rank = order.index(me.controller) if me.controller in order else len(order)
-        due = chance.since + int(rank * context.timing.head_start * NANOSECONDS)
-        if (wait := due - context.clock()) > 0:
-            return Later(wait / NANOSECONDS)
+        if wait := self._left(chance, rank):
+            return Later(wait)
         transaction = take_over(context.author, state, me, reason=why)
         compares = (*transaction.compares, *map(absent, self._orders(device)))
         transaction = replace(transaction, compares=compares)
@@ -194,7 +231,7 @@ class Contest:
             why,
         )
         context.step("taken over", device, epoch)
-        return Won(epoch)
+        return Won(epoch, _told(after(context.keys, state, transaction, outcome.revision)))
 
     def _say_once(
         self, device: DeviceId, state: DeviceState, why_not: str, level: int = logging.ERROR
@@ -236,18 +273,30 @@ class Contest:
     async def _standing(self, device: DeviceId) -> tuple[dict[ControllerId, int], str]:
         """How often controllers failed lately, and which order keeps this one from taking the device over."""
         context = self._context
-        _, (lately, *orders) = await context.kv.read(
-            get_prefix(context.keys.availabilities(device)),
-            *map(get, self._orders(device)),
-            timeout=context.timing.call,
-        )
-        ordered = [_order(item) for items in orders for item in items]
-        return dict(map(_failure, lately)), "; ".join(ordered)
+        _, found = await context.kv.read(*self._standing_reads(device), timeout=context.timing.call)
+        return _standing(found)
+
+    def _standing_reads(self, device: DeviceId) -> tuple[Get, ...]:
+        return get_prefix(self._context.keys.availabilities(device)), *map(get, self._orders(device))
 
     def _orders(self, device: DeviceId) -> tuple[str, ...]:
         """Where a person's order would stand that keeps the device from being taken over by this one."""
         keys = self._context.keys
         return keys.pause(device), keys.pause(ANY), keys.drain(self._context.name)
+
+
+def _standing(found: Sequence[tuple[KeyValue, ...]]) -> tuple[dict[ControllerId, int], str]:
+    lately, *orders = found
+    ordered = [_order(item) for items in orders for item in items]
+    return dict(map(_failure, lately)), "; ".join(ordered)
+
+
+def _told(state: DeviceState) -> Told | None:
+    """A device that was taken over, unless a request that has no access yet waits for its answer."""
+    request = state.holder.value.request if state.holder else NO_REQUEST
+    if state.unreadable or (request and all(grant.value.request != request for grant in state.grants)):
+        return None
+    return Told(state, None)
 
 
 def _order(item: KeyValue) -> str:

@@ -47,6 +47,7 @@ from leasehold.store.kv import (
     Get,
     KeyValue,
     Operation,
+    Put,
     absent,
     delete,
     empty,
@@ -54,6 +55,7 @@ from leasehold.store.kv import (
     get_prefix,
     lease_is,
     lease_is_not,
+    none_newer,
     present,
     put,
     unchanged,
@@ -232,7 +234,7 @@ class Answering:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What an assignment says of its device, so that it need not be read: how it stood at that revision."""
+    """What an assignment or a takeover says of its device, so that it need not be read: how it stood then."""
 
     state: DeviceState
     answering: Answering | None
@@ -386,7 +388,10 @@ def swap(
 
 
 def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str) -> Transaction:
-    """Control is taken from a holder that vanished, or whose session did. Nobody is fenced by this alone."""
+    """Control is taken from a holder that vanished, or whose session did. Nobody is fenced by this alone.
+
+    Nobody was given access since `state`: without a holder there is no way to it.
+    """
     _require(state, not state.unreadable, state.unreadable)
     _require(state, state.epochs is not None, "it was never held")
     keys = author.keys
@@ -395,7 +400,10 @@ def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str
     lost: Party | None = None
     if state.holder is not None:
         old = state.holder.value
-        compares = (lease_is_not(keys.controller(old.controller), lease_number(old.session_lease)),)
+        compares = (
+            lease_is_not(keys.controller(old.controller), lease_number(old.session_lease)),
+            none_newer(keys.grants(state.device), state.revision),
+        )
         lost = _party(old)
     elif state.unreleased:
         last = max(state.unreleased, key=lambda item: item.epoch)
@@ -418,6 +426,21 @@ def take_over(author: Author, state: DeviceState, me: Controller, *, reason: str
         compares=compares,
         operations=operations,
     )
+
+
+def after(keys: Keys, state: DeviceState, made: Transaction, revision: int) -> DeviceState:
+    """How the control of a device stands after `made`, which gave it to somebody in place of `state`.
+
+    It was applied at `revision`. What it did not compare is as it was: good for a further transaction, which
+    compares that, and for nothing else.
+    """
+    written = {item.key: item for item in made.operations if isinstance(item, Put)}
+    epochs, holder = (
+        KeyValue(key, written[key].value, 0, revision, 0, written[key].lease)
+        for key in (keys.epoch(state.device), keys.holder(state.device))
+    )
+    given = replace(state, revision=revision, epochs=decode(Epochs, epochs), holder=decode(Holder, holder))
+    return checked(given)
 
 
 @dataclass(frozen=True, slots=True)
