@@ -463,7 +463,7 @@ def test_fast_zero_never_writes_zeroes(server: Server, monkeypatch: pytest.Monke
     assert server.content("d-1") == PATTERN
     assert client.ask(Command.WRITE_ZEROES, 0, 8192) == 0
     assert server.content("d-1") == bytes(8192) + PATTERN[8192:]
-    assert export.backing.failure is None
+    assert export.backing.look() is None
 
 
 def test_trim_and_flush(server: Server) -> None:
@@ -577,7 +577,7 @@ def test_a_failed_sync_is_never_forgotten(server: Server, monkeypatch: pytest.Mo
         patch.setattr(os, "fdatasync", broken)
         assert client.ask(Command.FLUSH) == protocol.EIO
     assert client.ask(Command.FLUSH) == protocol.EIO
-    assert export.backing.failure is not None
+    assert export.backing.look() is not None
     with pytest.raises(OSError, match="writing back failed"):
         export.withdraw(0)
     with pytest.raises(OSError, match="writing back failed"):

@@ -17,7 +17,7 @@ import random
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -72,6 +72,7 @@ class DevCluster:
         etcd_port: int = 0,
         slots: int = 256,
         ageing_seconds: int = 60,
+        drivers: Sequence[str] = ("nbd",),
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory
@@ -88,6 +89,7 @@ class DevCluster:
         self._etcd_port = etcd_port
         self._slots = slots
         self._ageing_seconds = ageing_seconds
+        self._drivers = list(drivers)
         self._say = say
         self._nursery: Nursery | None = None
         self._etcd: Process | None = None
@@ -195,11 +197,17 @@ class DevCluster:
             raise DevFailed(
                 f"the image of device {device} was not made: {image}: {error.strerror}"
             ) from error
+        self.create_device(device, "nbd", {"backing": str(image)}, controllers=controllers)
+
+    def create_device(
+        self, device: str, driver: str, parameters: Mapping[str, str], *, controllers: Sequence[str] = ()
+    ) -> None:
+        """Have one more device, of what there is already."""
         spec = records_pb2.Device(
             version=1,
             device=device,
-            driver="nbd",
-            parameters={"backing": str(image)},
+            driver=driver,
+            parameters=parameters,
             controllers=controllers,
             ttl_seconds=self._ttl,
         )
@@ -273,7 +281,13 @@ class DevCluster:
         state = self.directory / "controllers" / name
         state.mkdir(parents=True, exist_ok=True)
         return _toml(
-            {"name": name, "state_dir": str(state), "listen": endpoint, "session_ttl": self._ttl},
+            {
+                "name": name,
+                "state_dir": str(state),
+                "listen": endpoint,
+                "session_ttl": self._ttl,
+                "drivers": self._drivers,
+            },
             {
                 "etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True},
                 "data": {"listen_host": HOST, "workers": 1, "gate_dir": str(state), "slots": self._slots},

@@ -35,6 +35,7 @@ from typing import Protocol, runtime_checkable
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
+from leasehold.controller.nbd.shared import SharedPool
 
 ENTRY_POINTS = "leasehold.drivers"
 
@@ -97,6 +98,10 @@ class DriverContext:
     on_unhealthy: Callable[[str, str], None] = field(repr=False)
     mount_root: Path = Path("/run/leasehold/mnt")
     fencer: FencerChannel | None = None
+    name: str = ""
+    """Of this controller."""
+    exports: SharedPool = field(default_factory=SharedPool, repr=False)
+    """The NBD server, for those that serve devices by it."""
 
 
 class DriverError(Exception):

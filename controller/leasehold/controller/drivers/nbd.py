@@ -22,57 +22,19 @@ write.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from urllib.parse import quote
 
-from leasehold.controller.driver import (
-    Activation,
-    ActivationFailed,
-    BadParameters,
-    DriverContext,
-    DriverError,
-    EpochPassed,
-    FenceKind,
-    NotProved,
-)
+from leasehold.controller.driver import Activation, BadParameters, DriverError, FenceKind
 from leasehold.controller.drivers import paths
+from leasehold.controller.drivers.exporting import ExportingDriver
 from leasehold.controller.nbd.channel import ChannelError
-from leasehold.controller.nbd.pool import ExportFailed, ExportSpec, Unproved, WorkerPool
-from leasehold.controller.nbd.recovery import WorkerAlive, prove_workers_gone
-
-_RECOVERY_SECONDS = 10.0
+from leasehold.controller.nbd.pool import ExportSpec
 
 
-class NbdDriver:
+class NbdDriver(ExportingDriver):
     """See the module, and Driver for what each verb promises."""
 
     name = "nbd"
     fence_kind = FenceKind.GATE
-    writes_to_activate = False
-
-    def __init__(self, context: DriverContext) -> None:
-        self._context = context
-        self.pool = WorkerPool(
-            context.gate,
-            context.state_dir,
-            listen_host=context.listen_host,
-            base_port=context.base_port,
-            workers=context.workers,
-            on_unhealthy=context.on_unhealthy,
-            fencer=context.fencer,
-        )
-
-    def fence_of(self, parameters: Mapping[str, str]) -> FenceKind:  # noqa: ARG002 - all alike
-        return self.fence_kind
-
-    async def start(self) -> None:
-        try:
-            await prove_workers_gone(self._context.state_dir, _RECOVERY_SECONDS)
-            await self.pool.start()
-        except (WorkerAlive, ChannelError, OSError) as error:
-            raise DriverError("", 0, f"the NBD workers cannot be started: {error}") from error
-
-    async def stop(self) -> None:
-        await self.pool.stop()
 
     async def check(self, parameters: Mapping[str, str]) -> None:
         """The form only. Whether the backing is there differs by host: see `probe`."""
@@ -91,60 +53,20 @@ class NbdDriver:
         except ChannelError as error:
             raise DriverError(device, 0, str(error)) from error
 
-    async def prepare(self, activation: Activation) -> None:
-        spec = _spec(activation)
-        try:
-            await self.pool.export(spec)
-        except ExportFailed as error:
-            raise _failed(activation, error) from error
-
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
 
-    def path(self, activation: Activation) -> str:
-        host, name = self._context.data_host, _spec(activation).name
-        port = self.pool.port(activation.device)
-        return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
-
-    async def activate(self, activation: Activation) -> None:
-        spec = _spec(activation)
-        try:
-            # Again, in case the worker has died since `prepare`.
-            await self.pool.export(spec)
-            await self.pool.open(spec)
-        except ExportFailed as error:
-            raise _failed(activation, error) from error
-
-    async def verify(self, activation: Activation) -> str | None:
-        return await self.pool.status(_spec(activation))
-
-    def idle(self, device: str, epoch: int) -> float | None:
-        return self.pool.idle(device, epoch)
-
-    async def deactivate(self, activation: Activation, *, drain: float) -> None:
-        try:
-            await self.pool.withdraw(_spec(activation), drain)
-        except Unproved as error:
-            raise NotProved(activation.device, activation.epoch, str(error)) from error
-
-
-def _spec(activation: Activation) -> ExportSpec:
-    return ExportSpec(
-        device=activation.device,
-        epoch=activation.epoch,
-        backing=_backing(activation.parameters, activation),
-        slot=activation.slot,
-        read_only=activation.read_only,
-        writeback=_writeback(activation.parameters, activation),
-        where=_where(activation.parameters, activation),
-        label=activation.label,
-    )
-
-
-def _failed(activation: Activation, error: ExportFailed) -> ActivationFailed:
-    if error.highest:
-        return EpochPassed(activation.device, activation.epoch, str(error), error.highest)
-    return ActivationFailed(activation.device, activation.epoch, str(error))
+    def _spec(self, activation: Activation) -> ExportSpec:
+        return ExportSpec(
+            device=activation.device,
+            epoch=activation.epoch,
+            backing=_backing(activation.parameters, activation),
+            slot=activation.slot,
+            read_only=activation.read_only,
+            writeback=_writeback(activation.parameters, activation),
+            where=_where(activation.parameters, activation),
+            label=activation.label,
+        )
 
 
 def _backing(parameters: Mapping[str, str], activation: Activation | None = None) -> str:

@@ -140,6 +140,10 @@ class Backing:
         read = self.read_into if self._direct is None else self._direct.read_into
         read(memoryview(bytearray(min(_PROBE, self.size))), 0)
 
+    def look(self) -> str | None:
+        """None if it is healthy, as far as is known; else what ails it."""
+        return self.failure
+
     def begin(self) -> None:
         """Before the first read of a hold, when no earlier one can write any more: forget what is cached.
 

@@ -22,7 +22,7 @@ from typing import Protocol
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Registration
 from leasehold.controller.nbd.activity import Activity
-from leasehold.controller.nbd.backing import Backing
+from leasehold.controller.nbd.direct import Guard
 from leasehold.controller.nbd.protocol import ExportFlag
 
 _OPENING_SECONDS = 3.0
@@ -46,6 +46,51 @@ class Abortable(Protocol):
 
     def abort(self) -> None:
         """Reset it, waking its thread wherever it waits. From any thread, any number of times."""
+
+
+class Backing(Protocol):
+    """What is exported. See `leasehold.controller.nbd.backing.Backing` for what each of these does."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def piece(self) -> int: ...
+
+    @property
+    def fd(self) -> int:
+        """What sendfile reads from, while `cached_reads`."""
+
+    @property
+    def cached_reads(self) -> bool: ...
+
+    @property
+    def writeback(self) -> bool: ...
+
+    def look(self) -> str | None: ...
+
+    def probe(self) -> None: ...
+
+    def begin(self) -> None: ...
+
+    def read_into(self, view: memoryview, offset: int) -> None: ...
+
+    def write(self, view: memoryview, offset: int, guard: Guard, *, durable: bool = False) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def trim(self, offset: int, length: int, guard: Guard) -> None: ...
+
+    def zero(self, offset: int, length: int, guard: Guard, *, punch: bool, fast: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+    def prove_unused(self) -> None: ...
 
 
 class Export:

@@ -10,12 +10,14 @@ come in any order.
 verb       fields                                       ok means
 =========  ===========================================  ======================================================
 serve                                                   connections are accepted from now on
-export     name, backing, slot, epoch, read_only,       the backing is open and its label registered;
-           writeback, where, label                      nobody is let in yet
+export     name, backing, slot, epoch, read_only,       the backing is open and its label or key
+           writeback, where, label, lun                 registered; nobody is let in yet
+fence      name                                         earlier epochs can write to the LUN no more
 open       name                                         the device answered, and clients are let in
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
 status     name                                         `failure` says what ails it, if anything; connections
-examine    backing                                      `failure` says why it cannot be served, if it cannot
+examine    backing, lun                                 `failure` says why it cannot be served, if it cannot
+settle     lun, epoch                                   no dead process here writes in that epoch
 =========  ===========================================  ======================================================
 """
 

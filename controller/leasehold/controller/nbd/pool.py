@@ -22,6 +22,7 @@ from typing import Self
 
 from leasehold.controller.fencer.channel import FencerChannel, FencerLost
 from leasehold.controller.gate import Gate
+from leasehold.controller.iscsi.backing import LunSpec
 from leasehold.controller.label import Label
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.settler import NotSettled, Settler
@@ -76,6 +77,8 @@ class ExportSpec:
     """The spec's word on where the label of the device is."""
     label: Label | None = None
     """What to register there before the first write; None for nothing."""
+    lun: LunSpec | None = None
+    """A LUN in place of a file or block device; `backing` is how it is called."""
 
     @property
     def name(self) -> str:
@@ -138,6 +141,10 @@ class WorkerPool:
         """Open the backing; nobody is let in yet. Raises ExportFailed."""
         await self._seat(spec.device).export(spec)
 
+    async def fence(self, spec: ExportSpec) -> None:
+        """Take a LUN that is exported from all earlier epochs. Raises ExportFailed."""
+        await self._seat(spec.device).fence(spec)
+
     async def open(self, spec: ExportSpec) -> None:
         """Let clients in, after a probe of the device. Its gate is open. Raises ExportFailed."""
         await self._seat(spec.device).open(spec)
@@ -156,10 +163,12 @@ class WorkerPool:
         """For how many seconds nobody has read or written an open export. None if that is not known."""
         return self._seat(device).idle(f"{device}-{epoch}")
 
-    async def examine(self, device: str, backing: str) -> str | None:
-        """None if `backing` could be served from here, else why not. Raises ChannelError if none says."""
+    async def examine(self, device: str, backing: str, lun: LunSpec | None = None) -> str | None:
+        """None if it could be served from here, else why not. Raises ChannelError if none says."""
         channel = await self._seat(device).reach(_STATUS_SECONDS)
-        failure = (await channel.ask("examine", _STATUS_SECONDS, backing=backing))["failure"]
+        patience = _STATUS_SECONDS if lun is None else _OPEN_SECONDS
+        answer = await channel.ask("examine", patience, backing=backing, lun=lun and asdict(lun))
+        failure = answer["failure"]
         return None if failure is None else str(failure)
 
     async def withdraw(self, spec: ExportSpec, drain: float) -> None:
@@ -173,7 +182,14 @@ class WorkerPool:
             self._fencer.backing(spec.slot, "")
 
     async def _settle(self, spec: ExportSpec) -> None:
-        """No worker has the export. What a dead one wrote may still be in the page cache."""
+        """No worker has the export. What a dead one wrote may still be in the page cache, or on its way."""
+        if spec.lun is not None:
+            try:
+                channel = await self._seat(spec.device).reach(_OPEN_SECONDS)
+                await channel.ask("settle", _OPEN_SECONDS, lun=asdict(spec.lun), epoch=spec.epoch)
+            except ChannelError as error:
+                raise Unproved(str(error)) from error
+            return
         used = any(spec.backing == other.backing for seat in self._seats for other in seat.specs.values())
         try:
             # In use by a later epoch of ours, it is in nobody else's: that one opened it alone.
@@ -252,6 +268,13 @@ class _Seat:
             self.specs[spec.name] = spec
             await self._ask_export(channel, spec)
             self._exported[spec.name] = (channel, spec)
+        except ChannelError as error:
+            raise ExportFailed.by(error) from error
+
+    async def fence(self, spec: ExportSpec) -> None:
+        try:
+            channel = await self.reach(_OPEN_SECONDS)
+            await channel.ask("fence", _OPEN_SECONDS, name=spec.name)
         except ChannelError as error:
             raise ExportFailed.by(error) from error
 
@@ -370,7 +393,7 @@ class _Seat:
             self._give_up([spec], str(error))
 
     async def _ask_export(self, channel: Channel, spec: ExportSpec) -> None:
-        if self._fencer is not None and not spec.read_only:
+        if self._fencer is not None and not spec.read_only and spec.lun is None:
             self._fencer.backing(spec.slot, spec.backing)
         await channel.ask(
             "export",
@@ -383,6 +406,7 @@ class _Seat:
             writeback=spec.writeback,
             where=spec.where,
             label=spec.label and asdict(spec.label),
+            lun=spec.lun and asdict(spec.lun),
         )
 
     def _give_up(self, specs: list[ExportSpec], reason: str) -> None:

@@ -27,6 +27,10 @@ from pathlib import Path
 
 from leasehold.controller.fencer.occupancy import Occupancy
 from leasehold.controller.gate import Gate, GateError
+from leasehold.controller.iscsi.backing import LunBacking, LunSpec
+from leasehold.controller.iscsi.backing import examine as examine_lun
+from leasehold.controller.iscsi.backing import settle as settle_lun
+from leasehold.controller.iscsi.libiscsi import LibraryMissing
 from leasehold.controller.label import Label, LabelRefused, Registration
 from leasehold.controller.nbd import messages
 from leasehold.controller.nbd.activity import Activity
@@ -35,11 +39,12 @@ from leasehold.controller.nbd.connection import Connection
 from leasehold.controller.nbd.export import Export, Refused, State
 from leasehold.controller.nbd.locks import hold_lock
 from leasehold.controller.nbd.messages import Message
+from leasehold.controller.scsi.reservation import Refused as Unreserved
 
 MAX_CONNECTIONS = 512
 """Per worker. Each costs a thread and, once it moves data, its buffer."""
 
-_ORDERED = frozenset({"export", "open", "withdraw"})
+_ORDERED = frozenset({"export", "fence", "open", "withdraw"})
 _STACK = 512 << 10
 _SHORTEST_WATCH = 0.05
 _LONGEST_WATCH = 1.0
@@ -82,10 +87,12 @@ class Worker:
         self._verbs = {
             "serve": self._serve,
             "export": self._export,
+            "fence": self._fence,
             "open": self._open,
             "withdraw": self._withdraw,
             "status": self._status,
             "examine": self._examine,
+            "settle": self._settle,
         }
 
     def run(self) -> None:
@@ -125,9 +132,9 @@ class Worker:
             answer = {"ok": True, **self._verbs[message["verb"]](message)}
         except OSError as error:
             answer = {"ok": False, "error": error.strerror or str(error)}
-        except Refused as error:
+        except (Refused, LibraryMissing) as error:
             answer = {"ok": False, "error": str(error)}
-        except LabelRefused as error:
+        except (LabelRefused, Unreserved) as error:
             answer = {"ok": False, "error": str(error), "highest": error.highest}
         except (KeyError, TypeError, ValueError, GateError) as error:
             answer = {"ok": False, "error": f"malformed: {type(error).__name__}: {error}"}
@@ -146,7 +153,7 @@ class Worker:
         if self._known(name, message):
             return {}
         # Opened outside the lock, because an open may hang; and so perhaps twice.
-        backing = Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
+        backing = self._backing(message, slot, epoch, read_only=read_only, writeback=writeback)
         registration = _registration(message)
         try:
             if registration is not None:
@@ -175,6 +182,20 @@ class Worker:
         backing.close()
         if registration is not None:
             registration.close()
+        return {}
+
+    def _backing(
+        self, message: Message, slot: int, epoch: int, *, read_only: bool, writeback: bool
+    ) -> Backing | LunBacking:
+        if (lun := _lun(message)) is not None:
+            return LunBacking(lun, epoch, stands=lambda: self._gate.allows(slot, epoch))
+        return Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
+
+    def _fence(self, message: Message) -> Message:
+        export = self._exports.get(message["name"])
+        if export is None or not isinstance(export.backing, LunBacking):
+            raise Refused(f"{message['name']} is not exported, or has nothing to be fenced by")
+        export.backing.fence()
         return {}
 
     def _known(self, name: str, message: Message) -> bool:
@@ -216,7 +237,7 @@ class Worker:
         export = self._exports.get(message["name"])
         if export is None:
             return {"failure": "it is not exported"}
-        failure = export.backing.failure
+        failure = export.backing.look()
         if failure is None and export.state is not State.OPEN:
             failure = f"its export is {export.state.name.lower()}"
         if failure is None and not export.labelled:
@@ -224,7 +245,15 @@ class Worker:
         return {"failure": failure, "connections": export.connections}
 
     def _examine(self, message: Message) -> Message:
-        return {"failure": examine(str(message["backing"]))}
+        lun = _lun(message)
+        return {"failure": examine(str(message["backing"])) if lun is None else examine_lun(lun)}
+
+    def _settle(self, message: Message) -> Message:
+        lun = _lun(message)
+        if lun is None:
+            raise Refused("only what a LUN was asked for is settled here")
+        settle_lun(lun, int(message["epoch"]))
+        return {}
 
     def _send(self, message: Message) -> None:
         # OSError: the controller is gone, and the reader of the channel is about to end this process.
@@ -284,6 +313,11 @@ class Worker:
             loop()
         finally:
             os._exit(70)
+
+
+def _lun(message: Message) -> LunSpec | None:
+    lun = message.get("lun")
+    return None if lun is None else LunSpec(**lun)
 
 
 def _registration(message: Message) -> Registration | None:

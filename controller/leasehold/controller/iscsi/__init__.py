@@ -1,0 +1,1 @@
+"""LUNs reached over iSCSI, by the system's libiscsi."""
