@@ -57,6 +57,8 @@ class DevCluster:
     ttl: seconds, of devices, sessions and accesses.
     etcd_port: for etcd's clients; 0 for any that is free.
     slots: how many devices one controller can hold.
+    drivers: what they are served by; those made here are of `nbd`.
+    tables: more of the controllers' configuration, by the names of the tables.
     say: told what is going on, in sentences.
     """
 
@@ -73,6 +75,7 @@ class DevCluster:
         slots: int = 256,
         ageing_seconds: int = 60,
         drivers: Sequence[str] = ("nbd",),
+        tables: "Mapping[str, dict[str, _Value]] | None" = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory
@@ -90,6 +93,7 @@ class DevCluster:
         self._slots = slots
         self._ageing_seconds = ageing_seconds
         self._drivers = list(drivers)
+        self._tables = dict(tables or {})
         self._say = say
         self._nursery: Nursery | None = None
         self._etcd: Process | None = None
@@ -291,6 +295,7 @@ class DevCluster:
             {
                 "etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True},
                 "data": {"listen_host": HOST, "workers": 1, "gate_dir": str(state), "slots": self._slots},
+                **self._tables,
             },
         )
 

@@ -1,11 +1,13 @@
 """What the configuration file of a controller says."""
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
 from leasehold.controller.gate import MAX_SLOTS
+from leasehold.controller.programs.program import Program
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening, check_host, is_wildcard
@@ -98,6 +100,8 @@ class ControllerConfig:
     data: DataSettings = field(default_factory=DataSettings)
     filesystem: FilesystemSettings = field(default_factory=FilesystemSettings)
     fencer: FencerSettings = field(default_factory=FencerSettings)
+    exec: Mapping[str, Program] = field(default_factory=dict)
+    """The `[exec.<name>]` tables: programs that the driver of that name may run."""
 
     def __post_init__(self) -> None:
         check_id("controller", self.name)

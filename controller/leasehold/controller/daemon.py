@@ -221,6 +221,7 @@ class Daemon:
             mount_root=config.mount_root,
             fencer=self._fencer,
             name=config.name,
+            programs=config.exec,
         )
         factories = self._factories if self._factories is not None else driver_factories(config.drivers)
         return {name: factory(given) for name, factory in factories.items()}

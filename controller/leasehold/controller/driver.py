@@ -36,6 +36,7 @@ from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
 from leasehold.controller.nbd.shared import SharedPool
+from leasehold.controller.programs.program import Program
 
 ENTRY_POINTS = "leasehold.drivers"
 
@@ -100,6 +101,8 @@ class DriverContext:
     fencer: FencerChannel | None = None
     name: str = ""
     """Of this controller."""
+    programs: Mapping[str, Program] = field(default_factory=dict)
+    """By the names under which specs ask for them."""
     exports: SharedPool = field(default_factory=SharedPool, repr=False)
     """The NBD server, for those that serve devices by it."""
 

@@ -1,0 +1,1 @@
+"""Programs of an operator that do what a driver has to: see `leasehold.controller.drivers.exec`."""
