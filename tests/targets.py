@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from equipment import missing
 from leasehold.client.dev import free_port
+from leasehold.controller.iscsi.libiscsi import LibraryMissing, load
 
 IQN = "iqn.2026-11.test.leasehold:site"
 _ports = itertools.count(os.getpid() % 20_000 + 1_000)
@@ -121,7 +122,10 @@ class Target:
 
 @contextmanager
 def target(directory: Path, *, luns: int = 1, size: int = 64 << 20) -> Iterator[Target]:
-    assert shutil.which("tgtadm")
+    try:
+        load()
+    except LibraryMissing as error:
+        missing("libiscsi", str(error))
     made = Target(directory, luns=luns, size=size)
     try:
         made.start()

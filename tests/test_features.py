@@ -20,6 +20,7 @@ from leasehold.client import sync
 from leasehold.client.dev import DevCluster
 from leasehold.client.nbd import NbdClient
 from leasehold.v1 import history_pb2, records_pb2
+from targets import target
 
 FEATURES = Path(__file__).parents[1] / "docs" / "features.md"
 SOON = 30.0
@@ -30,7 +31,7 @@ HOLDER = "/leasehold/v1/holders/"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DevCluster]:
-    with DevCluster(devices=0) as running:
+    with DevCluster(devices=0, drivers=("nbd", "iscsi")) as running:
         yield running
 
 
@@ -223,6 +224,26 @@ def test_row_03_data_goes_over_an_address_of_its_own(
 
 
 @pytest.mark.needs("mkfs.ext4", "e2fsck")
+@pytest.mark.needs("tgtd")
+def test_row_03_reaches_the_luns_of_a_target(
+    cluster: DevCluster, leasehold: sync.Leasehold, tmp_path: Path
+) -> None:
+    with target(tmp_path) as disk:
+        cluster.create_device("lun-3", "iscsi", disk.parameters())
+        with (
+            leasehold.access("lun-3", controller="a") as access,
+            contextlib.closing(NbdClient(access.path)) as client,
+        ):
+            client.write(0, DATA)
+            client.flush()
+        with (
+            leasehold.access("lun-3", controller="b") as access,
+            contextlib.closing(NbdClient(access.path)) as client,
+        ):
+            assert client.read(0, len(DATA)) == DATA
+        assert disk.images[0].read_bytes()[: len(DATA)] == DATA
+
+
 def test_row_04_demounts_from_the_first_and_proves_it(mounting: DevCluster, filesystem: str) -> None:
     with sync.connect(*mounting.endpoints) as leasehold:
         with leasehold.access(filesystem, controller="a") as access:
