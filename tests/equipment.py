@@ -19,6 +19,7 @@ PACKAGES = {
     "nbdkit": "nbdkit",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
+    "restic": "restic",
     "tgtd": "tgt",
     "unshare": "util-linux",
     "xfs_repair": "xfsprogs",

@@ -112,7 +112,10 @@ CONTROLLER = (
     ('name = "n"\nstate_dir = "/etc/passwd"', r"state_dir: /etc/passwd: File exists"),
     ('name = "n"\nstate_dir = "/x\\u0000"', r"state_dir: '/x\\x00' has characters that a path here can not"),
     ("{base}drivers = []", r"drivers is empty"),
-    ('{base}drivers = ["tape"]\n{etcd_table}', r"drivers: tape not installed; there are filesystem, nbd"),
+    (
+        '{base}drivers = ["tape"]\n{etcd_table}',
+        r"drivers: tape not installed; there are exec, filesystem, iscsi, nbd",
+    ),
     ("{base}drain_seconds = 60.0", r"0 <= drain < stop does not hold: 60 s and 20 s"),
     ('{base}host = "a\\nb"', r"host 'a\\nb' is not printable or longer than 253 characters"),
     ("{base}drain_seconds = nan", r"0 <= drain < stop does not hold"),

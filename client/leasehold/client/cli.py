@@ -29,7 +29,7 @@ from leasehold.client.commands import (
 from leasehold.client.daemon import NotInstalled
 from leasehold.client.errors import LeaseholdError
 from leasehold.client.etcd import NoEtcd
-from leasehold.client.modes import Mode
+from leasehold.client.modes import Filesystem, Mode
 from leasehold.client.options import CODES, Coordinators, ask, group, limit, say, seconds
 from leasehold.client.process import DevFailed, Unusable
 
@@ -148,6 +148,65 @@ def run(
             progress=_progress(wanted),
         )
         return await runner.run(access, command, say=say, grace=patience)
+
+    raise typer.Exit(ask(coordinator, work))
+
+
+@app.command(epilog=exits.HELP)
+def attach(
+    wanted: request.Wanted,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A file; with --mount a directory.")],
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- COMMAND]", help="What to run meanwhile.")
+    ] = None,
+    *,
+    mount: Annotated[
+        Filesystem | None, typer.Option(metavar="FSTYPE", help="Mount its filesystem on TARGET. Needs root.")
+    ] = None,
+    mode: request.How = Mode.EXCLUSIVE,
+    via: request.Via = "",
+    prefer: request.Prefer = "",
+    priority: request.Priority = None,
+    operation: request.Operation = "",
+    wait: request.Wait = "",
+    hold: request.Hold = "",
+    idle: request.Idle = "",
+    request_id: request.RequestId = "",
+    client: request.Client = "",
+    grace: Annotated[str, typer.Option(metavar="TIME", help="Between SIGTERM and SIGKILL.")] = "5s",
+    coordinator: Coordinators = None,
+) -> None:
+    """Have a device as the file TARGET, or mounted there, for programs that know nothing of NBD.
+
+    Until COMMAND ends, or without one until Ctrl-C. When the device moves to another controller, what is
+    under way waits and goes on there. When the access is lost, COMMAND and everything it has started is
+    stopped, and TARGET is taken apart. Needs nbdfuse and nbdkit.
+    """
+    from leasehold.client import attaching  # noqa: PLC0415
+    from leasehold.client.asking import parsed  # noqa: PLC0415
+
+    waiting, holding, idling = limit(wait, "--wait"), limit(hold, "--hold"), limit(idle, "--idle")
+    patience = seconds(grace, "--grace")
+    place = attaching.Target(target.absolute(), "" if mount is None else mount.value)
+    if (why := place.check()) is not None:
+        raise typer.BadParameter(f"{target} {why}", param_hint="TARGET")
+
+    async def work(leasehold: "Leasehold") -> int:
+        access = leasehold.access(
+            parsed(wanted),
+            mode=mode,
+            priority=priority,
+            operation=operation,
+            controller=via,
+            preferred=prefer,
+            wait=waiting,
+            hold=holding,
+            idle=idling,
+            client=client,
+            request=request_id,
+            progress=_progress(wanted),
+        )
+        return await attaching.attach(access, place, command or (), say=say, grace=patience)
 
     raise typer.Exit(ask(coordinator, work))
 

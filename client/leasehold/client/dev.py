@@ -57,7 +57,7 @@ class DevCluster:
     ttl: seconds, of devices, sessions and accesses.
     etcd_port: for etcd's clients; 0 for any that is free.
     slots: how many devices one controller can hold.
-    drivers: what they are served by; those made here are of `nbd`.
+    drivers: of the controllers, by default `nbd`, of which the devices made here are.
     tables: more of the controllers' configuration, by the names of the tables.
     say: told what is going on, in sentences.
     """
@@ -74,8 +74,8 @@ class DevCluster:
         etcd_port: int = 0,
         slots: int = 256,
         ageing_seconds: int = 60,
-        drivers: Sequence[str] = ("nbd",),
-        tables: "Mapping[str, dict[str, _Value]] | None" = None,
+        drivers: Sequence[str] = (),
+        tables: "Mapping[str, Mapping[str, _Value]] | None" = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory
@@ -290,7 +290,7 @@ class DevCluster:
                 "state_dir": str(state),
                 "listen": endpoint,
                 "session_ttl": self._ttl,
-                "drivers": self._drivers,
+                **({"drivers": self._drivers} if self._drivers else {}),
             },
             {
                 "etcd": {"endpoints": [self.etcd_endpoint], "throwaway": True},
@@ -371,7 +371,7 @@ def _healthy(endpoint: str) -> bool:
 _Value = str | int | bool | list[str]
 
 
-def _toml(settings: dict[str, _Value], tables: dict[str, dict[str, _Value]]) -> str:
+def _toml(settings: Mapping[str, _Value], tables: Mapping[str, Mapping[str, _Value]]) -> str:
     """TOML of these; its strings, numbers, booleans and lists are written as JSON's are."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     for name, table in tables.items():

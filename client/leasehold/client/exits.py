@@ -20,6 +20,7 @@ BAD_REQUEST = 65
 NOT_FOUND = 66
 NO_COORDINATOR = 69
 FAULT = 70
+NOT_ATTACHED = 74
 LOST = 75
 REFUSED = 77
 TIMED_OUT = 124
@@ -36,6 +37,7 @@ Exit codes:
    66  no such device, controller or request
    69  no coordinator answered, or it takes no more requests now
    70  a fault in Leasehold
+   74  attach: TARGET could not be made, or not be used
    75  run: the access was lost or moved, COMMAND was stopped or failed with it; run
        it again
    77  refused

@@ -24,6 +24,15 @@ class Mode(StrEnum):
     """Several, none of which can write."""
 
 
+class Filesystem(StrEnum):
+    """What can be mounted."""
+
+    EXT4 = "ext4"
+    XFS = "xfs"
+    BTRFS = "btrfs"
+    VFAT = "vfat"
+
+
 def mode_number(text: str) -> "records_pb2.AccessMode.ValueType":
     """The contract's mode for the word of a `Mode`. Raises `BadRequest`."""
     from leasehold.v1 import records_pb2  # noqa: PLC0415 - slow to load for who only reads a command line
