@@ -31,7 +31,8 @@ HOLDER = "/leasehold/v1/holders/"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DevCluster]:
-    with DevCluster(devices=0, drivers=("nbd", "iscsi")) as running:
+    san = {"devices": ["disk-18"], "networks": ["127.0.0.0/8"]}
+    with DevCluster(devices=0, tables={"san": san}) as running:
         yield running
 
 
@@ -225,21 +226,17 @@ def test_row_03_data_goes_over_an_address_of_its_own(
 
 @pytest.mark.needs("mkfs.ext4", "e2fsck")
 @pytest.mark.needs("tgtd")
-def test_row_03_reaches_the_luns_of_a_target(
-    cluster: DevCluster, leasehold: sync.Leasehold, tmp_path: Path
-) -> None:
-    with target(tmp_path) as disk:
-        cluster.create_device("lun-3", "iscsi", disk.parameters())
-        with (
-            leasehold.access("lun-3", controller="a") as access,
-            contextlib.closing(NbdClient(access.path)) as client,
-        ):
+def test_row_03_reaches_the_luns_of_a_target(tmp_path: Path) -> None:
+    with (
+        target(tmp_path) as disk,
+        DevCluster(devices=0, controllers=("a", "b"), drivers=("iscsi",)) as running,
+        sync.connect(*running.endpoints) as leasehold,
+    ):
+        running.create_device("lun", "iscsi", disk.parameters())
+        with leasehold.access("lun", controller="a") as access, NbdClient(access.path) as client:
             client.write(0, DATA)
             client.flush()
-        with (
-            leasehold.access("lun-3", controller="b") as access,
-            contextlib.closing(NbdClient(access.path)) as client,
-        ):
+        with leasehold.access("lun", controller="b") as access, NbdClient(access.path) as client:
             assert client.read(0, len(DATA)) == DATA
         assert disk.images[0].read_bytes()[: len(DATA)] == DATA
 
@@ -468,6 +465,20 @@ def test_row_17_a_third_takes_over(cluster: DevCluster, leasehold: sync.Leasehol
         finally:
             cluster.restart("a")
             cluster.restart("b")
+
+
+def test_row_18_takes_requests_over_the_storage_network(leasehold: sync.Leasehold, disk: str) -> None:
+    with leasehold.access(disk, controller="a") as access, NbdClient(access.path) as client:
+        client.write(0, DATA)
+        client.flush()
+    with leasehold.access(disk, controller="b") as access:
+        door = access.path.rpartition("/")[0]
+    with leasehold.access(disk, controller="a"):
+        assert leasehold.device(disk).holder.controller == "a"
+    # Nothing but the name of the device, at a controller that does not hold it.
+    with NbdClient(f"{door}/{disk}", timeout=SOON) as client:
+        assert leasehold.device(disk).holder.controller == "b"
+        assert client.read(0, len(DATA)) == DATA
 
 
 def test_row_19_the_coordinator_makes_the_path_of_a_template(leasehold: sync.Leasehold, disk: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import random
 import socket
 import struct
@@ -13,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +44,23 @@ class Server:
         self.now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self.gate.set_session(self.now + FAR)
         self.exports: dict[str, Export] = {}
+        self.doors: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
+        self.knocked: list[tuple[str, str]] = []
+        self.left: list[str] = []
         self.threads: list[threading.Thread] = []
         self.clients: list[Client] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
+
+    def unnumbered(self, name: str) -> bool:
+        return name in self.doors
+
+    @contextmanager
+    def knock(self, device: str, peer: str) -> Iterator[queue.SimpleQueue[dict[str, Any]]]:
+        self.knocked.append((device, peer))
+        try:
+            yield self.doors[device]
+        finally:
+            self.left.append(device)
 
     def add(self, name: str, *, read_only: bool = False, opened: bool = True) -> Export:
         path = self.directory / f"{name}.img"
@@ -175,6 +192,48 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 # Handshake
+
+
+def test_who_names_a_device_waits_at_its_door(server: Server) -> None:
+    server.add("d-7")
+    door: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    server.doors["d"] = door
+    client = server.client()
+    client.option(Option.INFO, information(b"d"))
+    client.sock.settimeout(0.7)
+    with pytest.raises(TimeoutError):
+        client.answer()
+    client.sock.settimeout(10)
+    door.put({"export": "d-7"})
+    while (answer := client.answer())[1] == OptionReply.INFO:
+        pass
+    assert answer[1] == OptionReply.ACK
+    # It is let in once for all of its negotiation.
+    client.go("d")
+    assert client.read(0, 100) == PATTERN[:100]
+    assert server.knocked == [("d", "127.0.0.1")]
+    assert server.left == []
+    client.send(Command.DISC)
+    client.closed()
+    wait_until(lambda: server.left == ["d"])
+
+
+def test_who_is_not_let_in_is_told_why(server: Server) -> None:
+    door: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    server.doors["d"] = door
+    door.put({"refused": "it is somebody else's"})
+    client = server.client()
+    client.option(Option.GO, information(b"d"))
+    assert client.answer()[1:] == (OptionReply.ERR_POLICY, b"it is somebody else's")
+
+
+def test_who_leaves_while_it_waits_is_known_to_have_left(server: Server) -> None:
+    server.doors["d"] = queue.SimpleQueue()
+    client = server.client()
+    client.option(Option.GO, information(b"d"))
+    wait_until(lambda: bool(server.knocked))
+    client.sock.close()
+    wait_until(lambda: server.left == ["d"])
 
 
 def test_go_tells_size_flags_and_block_sizes(server: Server) -> None:

@@ -75,7 +75,7 @@ class DevCluster:
         slots: int = 256,
         ageing_seconds: int = 60,
         drivers: Sequence[str] = (),
-        tables: "Mapping[str, Mapping[str, _Value]] | None" = None,
+        tables: Mapping[str, Mapping[str, object]] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.directory = Path() if directory is None else directory
@@ -368,10 +368,7 @@ def _healthy(endpoint: str) -> bool:
         connection.close()
 
 
-_Value = str | int | bool | list[str]
-
-
-def _toml(settings: Mapping[str, _Value], tables: Mapping[str, Mapping[str, _Value]]) -> str:
+def _toml(settings: Mapping[str, object], tables: Mapping[str, Mapping[str, object]]) -> str:
     """TOML of these; its strings, numbers, booleans and lists are written as JSON's are."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     for name, table in tables.items():

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from leasehold.controller.gate import MAX_SLOTS
+from leasehold.controller.porter import SanSettings
 from leasehold.controller.programs.program import Program
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
@@ -100,6 +101,7 @@ class ControllerConfig:
     data: DataSettings = field(default_factory=DataSettings)
     filesystem: FilesystemSettings = field(default_factory=FilesystemSettings)
     fencer: FencerSettings = field(default_factory=FencerSettings)
+    san: SanSettings = field(default_factory=SanSettings)
     exec: Mapping[str, Program] = field(default_factory=dict)
     """The `[exec.<name>]` tables: programs that the driver of that name may run."""
 

@@ -31,7 +31,9 @@ from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate, settle_in
 from leasehold.controller.health import watch_health, watch_records
 from leasehold.controller.journal import Journal
+from leasehold.controller.nbd.knocks import Knocks
 from leasehold.controller.observer import Observer
+from leasehold.controller.porter import Porter
 from leasehold.controller.reachability import Reachability
 from leasehold.controller.recovery import prove_past
 from leasehold.controller.relay import SERVICES, Relay
@@ -115,6 +117,8 @@ class Daemon:
         for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
             _log.warning("%s", warning)
         keeper = await self._cleanup.enter_async_context(LeaseKeeper(connection))
+        self._relay = Relay(config.name, config.tls)
+        self._cleanup.push_async_callback(self._relay.close)
         self.context = context = Context(
             name=config.controller,
             instance=self.instance,
@@ -130,8 +134,6 @@ class Daemon:
         for driver in context.drivers.values():
             self._cleanup.push_async_callback(driver.stop)
         left = await prove_past(context)
-        self._relay = Relay(config.name, config.tls)
-        self._cleanup.push_async_callback(self._relay.close)
         self._server = ApiServer(config.listen, (*SERVICES, SERVICE), tls=config.tls)
         self._server.server.add_generic_rpc_handlers((self._relay,))
         checks_pb2_grpc.add_CheckServiceServicer_to_server(
@@ -222,9 +224,21 @@ class Daemon:
             fencer=self._fencer,
             name=config.name,
             programs=config.exec,
+            knocks=self._knocks(),
         )
         factories = self._factories if self._factories is not None else driver_factories(config.drivers)
         return {name: factory(given) for name, factory in factories.items()}
+
+    def _knocks(self) -> Knocks | None:
+        """The door for clients over the storage network, if there is one."""
+        if not self._config.san.devices:
+            return None
+        porter = Porter(self._config.name, self._config.san, self._relay.upstreams, self._knows)
+        self._cleanup.push_async_callback(porter.close)
+        return Knocks(porter)
+
+    def _knows(self, device: str) -> bool:
+        return DeviceId(device) in self.agent.specs
 
     # The agent is made after those who call it.
 

@@ -35,6 +35,7 @@ from typing import Protocol, runtime_checkable
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
+from leasehold.controller.nbd.knocks import Knocks
 from leasehold.controller.nbd.shared import SharedPool
 from leasehold.controller.programs.program import Program
 
@@ -103,6 +104,8 @@ class DriverContext:
     """Of this controller."""
     programs: Mapping[str, Program] = field(default_factory=dict)
     """By the names under which specs ask for them."""
+    knocks: Knocks | None = None
+    """The door for clients that name a device without an epoch."""
     exports: SharedPool = field(default_factory=SharedPool, repr=False)
     """The NBD server, for those that serve devices by it."""
 

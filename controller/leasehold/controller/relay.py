@@ -150,7 +150,7 @@ class Relay(grpc.GenericRpcHandler):
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    def _order(self) -> Sequence[Upstream]:
+    def upstreams(self) -> Sequence[Upstream]:
         """Always the same one first, so that connections stay warm; each controller another. One that does
         not answer is asked last."""
         upstreams = [
@@ -166,7 +166,7 @@ class Relay(grpc.GenericRpcHandler):
 
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
         last = ""
-        for upstream in self._order():
+        for upstream in self.upstreams():
             try:
                 with upstream.call() as cut:
                     call = self._begun(upstream.channel.unary_unary(method), request, context)
@@ -192,7 +192,7 @@ class Relay(grpc.GenericRpcHandler):
 
     async def _stream(self, method: str, request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         last = ""
-        for upstream in self._order():
+        for upstream in self.upstreams():
             begun = False
             try:
                 with upstream.call() as cut:

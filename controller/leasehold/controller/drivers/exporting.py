@@ -40,6 +40,7 @@ class ExportingDriver(ABC):
             workers=context.workers,
             on_unhealthy=context.on_unhealthy,
             fencer=context.fencer,
+            knocks=context.knocks,
         )
 
     def fence_of(self, parameters: Mapping[str, str]) -> FenceKind:  # noqa: ARG002 - all alike
@@ -59,6 +60,13 @@ class ExportingDriver(ABC):
 
     async def prepare(self, activation: Activation) -> None:
         spec = self._spec(activation)
+        knocks = self._context.knocks
+        if knocks is not None and spec.name in knocks.devices:
+            # Whoever asks for that device by its name must not be let into this one.
+            reason = (
+                f"its export would have the name of device {spec.name}, which clients ask for by that name"
+            )
+            raise EpochPassed(activation.device, activation.epoch, reason, activation.epoch)
         try:
             await self.pool.export(spec)
         except ExportFailed as error:

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import socket
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from leasehold.controller.fencer.occupancy import Occupancy
@@ -70,11 +71,23 @@ class Channel:
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._ready = asyncio.Event()
         self._lost = False
+        self.on_event: Callable[[Message], None] | None = None
+        """Told of what the worker says that is no answer."""
         self._listening = asyncio.create_task(self._listen(reader))
 
     @classmethod
-    async def start(cls, index: int, listener: socket.socket, gate: Gate, state_dir: Path) -> Channel:
-        """Start worker `index` on `listener` and wait until it serves. Raises ChannelError, OSError."""
+    async def start(
+        cls,
+        index: int,
+        listener: socket.socket,
+        gate: Gate,
+        state_dir: Path,
+        unnumbered: Collection[str] = (),
+    ) -> Channel:
+        """Start worker `index` on `listener` and wait until it serves. Raises ChannelError, OSError.
+
+        `unnumbered` are the devices that clients may name without an epoch.
+        """
         occupancy = Occupancy.create(gate.slots)
         activity = Activity.create(gate.slots)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -88,6 +101,7 @@ class Channel:
                 "parent": os.getpid(),
                 "occupancy_fd": occupancy.fd,
                 "activity_fd": activity.fd,
+                "unnumbered": sorted(unnumbered),
             }
             fds = (listener.fileno(), theirs.fileno(), occupancy.fd, activity.fd)
             try:
@@ -155,6 +169,9 @@ class Channel:
                 message = messages.decode(line)
                 if message.get("event") == "ready":
                     self._ready.set()
+                elif "event" in message:
+                    if self.on_event is not None:
+                        self.on_event(message)
                 elif (answer := self._waiting.get(message.get("id", 0))) and not answer.done():
                     answer.set_result(message)
         except (OSError, ValueError):

@@ -46,10 +46,18 @@ class Hangup(Exception):
     """This connection is over: the client left, broke the protocol, or ran out of time."""
 
 
+class NotLetIn(Exception):
+    """The client may not have what it named. The message is for it."""
+
+
 class Exports(Protocol):
     """What a worker serves, by name."""
 
-    def find(self, name: str) -> Export | None: ...
+    def find(self, name: str) -> Export | None:
+        """None if there is no such export. May take long where a client waits for its turn.
+
+        Raises NotLetIn, Hangup.
+        """
 
     def serving(self) -> Iterable[Export]: ...
 
@@ -124,7 +132,10 @@ class Handshake:
         return False
 
     def _export_name(self, _option: int, data: bytes) -> bool:
-        export = self._find(data)
+        try:
+            export = self._find(data)
+        except NotLetIn as refusal:
+            raise Hangup(str(refusal)) from None
         if export is None or not self._attach(export):
             raise Hangup("no such export")
         flags = export.flags(structured=self._structured)
@@ -139,7 +150,10 @@ class Handshake:
         name, wanted = parsed
         if len(name) > MAX_NAME:
             return self._reply(option, OptionReply.ERR_TOO_BIG, b"the name is too long")
-        export = self._find(name)
+        try:
+            export = self._find(name)
+        except NotLetIn as refusal:
+            return self._reply(option, OptionReply.ERR_POLICY, str(refusal).encode())
         if export is None:
             return self._reply(option, OptionReply.ERR_UNKNOWN, b"no such export")
         going = option == Option.GO
@@ -155,10 +169,14 @@ class Handshake:
         return going
 
     def _find(self, raw: bytes) -> Export | None:
+        begun = time.monotonic()
         try:
             return self._exports.find(raw.decode())
         except UnicodeDecodeError:
             return None
+        finally:
+            # A client that waits for its turn does not take its time.
+            self._end += time.monotonic() - begun
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> bool:
         # The answer is False, "no transmission yet", so that a handler can end with its reply.

@@ -2,9 +2,11 @@
 
 A request is `{"id": 7, "verb": "export", ...}`; its answer `{"id": 7, "ok": true, ...}` or
 `{"id": 7, "ok": false, "error": "...", "highest": 0}`, where `highest` is an epoch that the device has seen
-and that one above is needed for. A worker says `{"event": "ready"}` once. Verbs that name the same export are
-carried out in the order they were sent, so a withdraw outlasts an export that was given up; otherwise answers
-come in any order.
+and that one above is needed for. Verbs that name the same export are carried out in the order they were sent,
+so a withdraw outlasts an export that was given up; otherwise answers come in any order.
+
+A worker says `{"event": "ready"}` once; `{"event": "knock", "number": 3, "device": ..., "peer": ...}` when a
+client names a device without an epoch; and `{"event": "left", "number": 3}` when that client has gone.
 
 =========  ===========================================  ======================================================
 verb       fields                                       ok means
@@ -17,6 +19,7 @@ open       name                                         the device answered, and
 withdraw   name, drain                                  no thread is inside, all is synced and closed: proof
 status     name                                         `failure` says what ails it, if anything; connections
 examine    backing, lun                                 `failure` says why it cannot be served, if it cannot
+admit      number, export or refused                    the client that knocked is told
 settle     lun, epoch                                   no dead process here writes in that epoch
 =========  ===========================================  ======================================================
 """

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ from leasehold.controller.gate import Gate
 from leasehold.controller.iscsi.backing import LunSpec
 from leasehold.controller.label import Label
 from leasehold.controller.nbd.channel import Channel, ChannelError, WorkerLost, WorkerRefused, WorkerSilent
+from leasehold.controller.nbd.knocks import Knocks
 from leasehold.controller.nbd.settler import NotSettled, Settler
 from leasehold.store.clock import NANOSECONDS, boottime_ns
 
@@ -99,8 +101,12 @@ class WorkerPool:
         workers: int,
         on_unhealthy: Callable[[str, str], None],
         fencer: FencerChannel | None = None,
+        knocks: Knocks | None = None,
     ) -> None:
-        """`on_unhealthy(device, reason)` is called when an open export is lost and not brought back."""
+        """`on_unhealthy(device, reason)` is called when an open export is lost and not brought back.
+
+        `knocks` is told of clients that name a device without an epoch.
+        """
         if workers < 1:
             raise ValueError("at least one NBD worker is needed")
         self._gate = gate
@@ -108,7 +114,9 @@ class WorkerPool:
         self._listen_host = listen_host
         self._base_port = base_port
         self._fencer = fencer
-        self._seats = [_Seat(index, gate, state_dir, on_unhealthy, fencer) for index in range(workers)]
+        self._seats = [
+            _Seat(index, gate, state_dir, on_unhealthy, fencer, knocks=knocks) for index in range(workers)
+        ]
 
     async def start(self) -> None:
         """Bind the ports and start the workers. Raises OSError, ChannelError."""
@@ -219,9 +227,12 @@ class _Seat:
         state_dir: Path,
         on_unhealthy: Callable[[str, str], None],
         fencer: FencerChannel | None,
+        *,
+        knocks: Knocks | None,
     ) -> None:
         self.index = index
         self._fencer = fencer
+        self._knocks = knocks
         self.listener: socket.socket | None = None
         self.channel: Channel | None = None
         self.specs: dict[str, ExportSpec] = {}
@@ -327,6 +338,8 @@ class _Seat:
                 await channel.child.gone.wait()
                 self._up.clear()
                 self.channel = None
+                if self._knocks is not None:
+                    self._knocks.lost(channel)
                 await channel.close(0.0)
                 pause = (
                     min(max(2 * pause, 0.1), _LONGEST_PAUSE) if time.monotonic() - born < _LEAST_LIFE else 0.0
@@ -344,7 +357,11 @@ class _Seat:
     async def _spawn(self) -> Channel:
         if self.listener is None:
             raise WorkerLost("the NBD workers are stopped")
-        channel = await Channel.start(self.index, self.listener, self._gate, self._state_dir)
+        knocks = self._knocks
+        unnumbered = knocks.devices if knocks is not None else ()
+        channel = await Channel.start(self.index, self.listener, self._gate, self._state_dir, unnumbered)
+        if knocks is not None:
+            channel.on_event = partial(knocks.heard, channel)
         if self._fencer is not None and channel.occupancy is not None:
             try:
                 await self._fencer.guard(channel.child, f"NBD worker {self.index}", channel.occupancy)

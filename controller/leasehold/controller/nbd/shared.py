@@ -8,6 +8,7 @@ from pathlib import Path
 
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
+from leasehold.controller.nbd.knocks import Knocks
 from leasehold.controller.nbd.pool import WorkerPool
 from leasehold.controller.nbd.recovery import prove_workers_gone
 
@@ -32,6 +33,7 @@ class SharedPool:
         workers: int,
         on_unhealthy: Callable[[str, str], None],
         fencer: FencerChannel | None,
+        knocks: Knocks | None = None,
     ) -> WorkerPool:
         """The pool, made by the first that asks."""
         if self._pool is None:
@@ -43,6 +45,7 @@ class SharedPool:
                 workers=workers,
                 on_unhealthy=on_unhealthy,
                 fencer=fencer,
+                knocks=knocks,
             )
         return self._pool
 

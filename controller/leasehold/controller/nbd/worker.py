@@ -13,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
+import queue
 import resource
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,8 @@ class Config:
     parent: int
     occupancy_fd: int = -1
     activity_fd: int = -1
+    unnumbered: Sequence[str] = ()
+    """Devices that clients may name without an epoch."""
 
 
 class Worker:
@@ -82,6 +86,9 @@ class Worker:
         self._changing = threading.Lock()
         self._exports: dict[str, Export] = {}
         self._latest: dict[str, threading.Thread] = {}
+        self._unnumbered = frozenset(config.unnumbered)
+        self._knocks: dict[int, queue.SimpleQueue[Message]] = {}
+        self._numbers = itertools.count(1)
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._serving = False
         self._verbs = {
@@ -93,6 +100,7 @@ class Worker:
             "status": self._status,
             "examine": self._examine,
             "settle": self._settle,
+            "admit": self._admit,
         }
 
     def run(self) -> None:
@@ -106,6 +114,22 @@ class Worker:
 
     def find(self, name: str) -> Export | None:
         return self._exports.get(name)
+
+    def unnumbered(self, name: str) -> bool:
+        """Whether a client may name this device without an epoch."""
+        return name in self._unnumbered
+
+    @contextlib.contextmanager
+    def knock(self, device: str, peer: str) -> Iterator[queue.SimpleQueue[Message]]:
+        """Say that a client has come for a device, and where its answer will be; afterwards, that it left."""
+        number = next(self._numbers)
+        answer = self._knocks[number] = queue.SimpleQueue()
+        self._send({"event": "knock", "number": number, "device": device, "peer": peer})
+        try:
+            yield answer
+        finally:
+            del self._knocks[number]
+            self._send({"event": "left", "number": number})
 
     def serving(self) -> list[Export]:
         return [export for export in list(self._exports.values()) if export.serving]
@@ -253,6 +277,12 @@ class Worker:
         if lun is None:
             raise Refused("only what a LUN was asked for is settled here")
         settle_lun(lun, int(message["epoch"]))
+        return {}
+
+    def _admit(self, message: Message) -> Message:
+        waiting = self._knocks.get(int(message["number"]))
+        if waiting is not None:
+            waiting.put(message)
         return {}
 
     def _send(self, message: Message) -> None:
