@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from bench import control, datapath, idle, machine, report, takeover
+from bench import control, datapath, idle, lun, machine, report, takeover
 from bench.figures import Section
 from bench.plan import FULL, QUICK, Plan
 from leasehold.client import etcd
@@ -24,6 +24,7 @@ MEASURES: dict[str, Measure] = {
     "takeover": takeover.measure,
     "datapath": datapath.measure,
     "idle": idle.measure,
+    "lun": lun.measure,
 }
 
 

@@ -93,8 +93,8 @@ async def measure(plan: Plan, say: Callable[[str], None]) -> list[Section]:
             each.gaps.append("The data path was not measured: nbdcopy is not installed.")
         return [section, direct]
     memory, disk = place(plan.size), Path(tempfile.gettempdir())
-    _fill(section, CASES, *await _measured(plan, plan.size, memory, CACHED, CASES, section, say))
-    _fill(direct, WRITES, *await _measured(plan, plan.direct, disk, DIRECT, WRITES, direct, say))
+    fill(section, CASES, *await _measured(plan, plan.size, memory, CACHED, CASES, section, say))
+    fill(direct, WRITES, *await _measured(plan, plan.direct, disk, DIRECT, WRITES, direct, say))
     return [section, direct]
 
 
@@ -110,10 +110,7 @@ async def _measured(
     """GB/s of each case and server, and the names of the others. What is missing is said in the section."""
     rounds: _Rounds = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="leasehold-bench-", dir=where) as directory:
-        source = Path(directory) / "source"
-        with source.open("wb") as file:
-            while (left := size - file.tell()) > 0:
-                file.write(_PATTERN[:left])
+        source = filled(Path(directory) / "source", size)
         cluster = DevCluster(
             Path(directory) / "cluster",
             devices=1,
@@ -129,18 +126,27 @@ async def _measured(
                 uris[OURS] = access.path
                 names = list(uris)
                 # What was never written is a hole, and reading one is another thing.
-                await _seconds(Case(True, 1 << 20, 1).command(source, uris[OURS]))
+                await seconds(Case(True, 1 << 20, 1).command(source, uris[OURS]))
                 for number in range(plan.rounds):
                     say(f"round {number + 1} of {plan.rounds}: {section.title}")
                     turn = number % len(names)
                     for case in cases:
                         for name in names[turn:] + names[:turn]:
-                            seconds = await _seconds(case.command(source, uris[name]))
-                            rounds[case, name].append(size / seconds / 1e9)
+                            took = await seconds(case.command(source, uris[name]))
+                            rounds[case, name].append(size / took / 1e9)
     return rounds, [name for name in names if name != OURS]
 
 
-async def _seconds(command: list[str]) -> float:
+def filled(path: Path, size: int) -> Path:
+    """A file of `size` bytes without a hole."""
+    with path.open("wb") as file:
+        while (left := size - file.tell()) > 0:
+            file.write(_PATTERN[:left])
+    return path
+
+
+async def seconds(command: list[str]) -> float:
+    """How long a command takes. Raises RuntimeError if it fails."""
     before = time.perf_counter()
     # Not subprocess: with a time-out that one looks every 50 ms.
     process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL)
@@ -150,13 +156,20 @@ async def _seconds(command: list[str]) -> float:
     except TimeoutError:
         process.kill()
         raise
-    seconds = time.perf_counter() - before
+    took = time.perf_counter() - before
     if code != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {code}")
-    return seconds
+    return took
 
 
-def _fill(section: Section, cases: Sequence[Case], rounds: _Rounds, peers: list[str]) -> None:
+def fill(
+    section: Section,
+    cases: Sequence[Case],
+    rounds: _Rounds,
+    peers: list[str],
+    target: Target | None = None,
+) -> None:
+    """The figures and charts of a section. `target` is for all of its cases, in place of their own."""
     groups: dict[bool, list[Group]] = {False: [], True: []}
     for case in cases:
         best = max((statistics.median(rounds[case, name]) for name in peers), default=None)
@@ -166,7 +179,7 @@ def _fill(section: Section, cases: Sequence[Case], rounds: _Rounds, peers: list[
             "GB/s",
             base=best,
             to="the better peer",
-            target=case.target if best else None,
+            target=(target or case.target) if best else None,
         )
         section.figures.append(ours)
         bars = [ours.bar(OURS)]
@@ -174,7 +187,8 @@ def _fill(section: Section, cases: Sequence[Case], rounds: _Rounds, peers: list[
             peer = Figure.of(f"{case.name}, {name}", rounds[case, name], "GB/s")
             section.figures.append(peer)
             bars.append(peer.bar(name, "peer"))
-        limit = case.target.limit * best if case.target and best else None
+        goal = target or case.target
+        limit = goal.limit * best if goal and best else None
         label = case.name.split(", ", 1)[1]
         groups[case.write].append(Group(label, tuple(bars), limit))
     for write, name, verb in ((False, "reading", "Reading"), (True, "writing", "Writing")):

@@ -19,7 +19,8 @@ def _nbdkit(image: Path, port: int) -> list[str]:
     return ["nbdkit", "--foreground", f"--ipaddr={HOST}", f"--port={port}", "file", f"file={image}"]
 
 
-def _qemu_nbd(image: Path, port: int, cache: str) -> list[str]:
+def qemu_nbd(image: Path | str, port: int, cache: str) -> list[str]:
+    """The command; `image` may be a URL."""
     return [
         *("qemu-nbd", "--format=raw", f"--cache={cache}", "--persistent", "--shared=16"),
         *(f"--bind={HOST}", f"--port={port}", str(image)),
@@ -29,10 +30,10 @@ def _qemu_nbd(image: Path, port: int, cache: str) -> list[str]:
 Peers = Mapping[str, Callable[[Path, int], list[str]]]
 """How to start each on a port. All let several connections in."""
 
-CACHED: Peers = {"nbdkit file": _nbdkit, "qemu-nbd": partial(_qemu_nbd, cache="writeback")}
+CACHED: Peers = {"nbdkit file": _nbdkit, "qemu-nbd": partial(qemu_nbd, cache="writeback")}
 """They use the page cache, which is all the storage there is for an image in memory."""
 
-DIRECT: Peers = {"qemu-nbd --cache=none": partial(_qemu_nbd, cache="none")}
+DIRECT: Peers = {"qemu-nbd --cache=none": partial(qemu_nbd, cache="none")}
 """They write past it."""
 
 

@@ -23,6 +23,8 @@ class Plan:
     """Bytes of the image that the data path is measured on."""
     direct: int = 256 << 20
     """Bytes of that which is written past the page cache."""
+    lun: int = 512 << 20
+    """Bytes of a LUN."""
     settling: float = 10.0
     """Seconds after devices were taken before what they cost is looked at."""
     watching: float = 45.0
@@ -40,6 +42,7 @@ QUICK = Plan(
     deaths=1,
     size=256 << 20,
     direct=64 << 20,
+    lun=64 << 20,
     settling=2.0,
     watching=8.0,
 )
