@@ -262,7 +262,8 @@ class Access:
     async def _keep(self) -> None:
         """Hold a session until the request is over. Every end is recorded, none is raised."""
         try:
-            await self._session.keep()
+            while not await self._kept():
+                self._session.again()
         except (NoCoordinator, ServerError) as error:
             if self._now is None:
                 self._end(error)
@@ -276,6 +277,17 @@ class Access:
             self._end(lost)
         except Exception as error:  # noqa: BLE001 - told to whoever uses the access, see _end
             self._end(error)
+
+    async def _kept(self) -> bool:
+        """Whether the request is over; False if nobody answers, and its path works without."""
+        try:
+            await self._session.keep()
+        except (NoCoordinator, ServerError) as error:
+            if self._now is None or not self._now.outlives_silence:
+                raise
+            _log.warning("request %s: nobody answers; its path is used on: %s", self.request, error)
+            return False
+        return True
 
     def _take(self, response: access_pb2.RequestAccessResponse) -> bool:
         """Act on one event; True if the request is over."""

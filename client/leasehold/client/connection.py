@@ -144,6 +144,7 @@ class Leasehold:
         min_hold: int = 0,
         cool_down: int = 0,
         fail_back: str = "stay",
+        on_lost_lease: str = "stop",
         validate_only: bool = False,
         unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
@@ -161,6 +162,8 @@ class Leasehold:
         min_hold: seconds for which a controller serves it at least before it goes elsewhere for a request.
         cool_down: seconds for which it stays where it was used last before it goes elsewhere for a request.
         fail_back: "stay"; "preferred" if it goes back to the first of its controllers when nobody uses it.
+        on_lost_lease: "stop"; "continue" if its holder goes on while etcd does not answer, which takes the
+            fence `reservation`.
         validate_only: only find out whether it would be accepted.
         unchecked: no controller is asked whether it could serve the device. Otherwise raises `BadRequest` if
             the driver can not use the parameters, `Refused` if no controller could serve it: `reason` is
@@ -173,6 +176,7 @@ class Leasehold:
             min_hold=min_hold,
             cool_down=cool_down,
             fail_back=fail_back,
+            on_lost_lease=on_lost_lease,
         )
         spec = _device_spec(
             device,
@@ -206,6 +210,7 @@ class Leasehold:
         min_hold: int = 0,
         cool_down: int = 0,
         fail_back: str = "stay",
+        on_lost_lease: str = "stop",
         etag: str = "",
         validate_only: bool = False,
         unchecked: bool = False,
@@ -225,6 +230,7 @@ class Leasehold:
             min_hold=min_hold,
             cool_down=cool_down,
             fail_back=fail_back,
+            on_lost_lease=on_lost_lease,
         )
         spec = _device_spec(
             device,

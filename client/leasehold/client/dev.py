@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -204,9 +204,15 @@ class DevCluster:
         self.create_device(device, "nbd", {"backing": str(image)}, controllers=controllers)
 
     def create_device(
-        self, device: str, driver: str, parameters: Mapping[str, str], *, controllers: Sequence[str] = ()
+        self,
+        device: str,
+        driver: str,
+        parameters: Mapping[str, str],
+        *,
+        controllers: Sequence[str] = (),
+        **policies: Any,
     ) -> None:
-        """Have one more device, of what there is already."""
+        """Have one more device, of what there is already. `policies` are fields of its spec."""
         spec = records_pb2.Device(
             version=1,
             device=device,
@@ -214,6 +220,7 @@ class DevCluster:
             parameters=parameters,
             controllers=controllers,
             ttl_seconds=self._ttl,
+            **policies,
         )
         with grpc.insecure_channel(self.endpoints[0]) as channel:
             request = devices_pb2.CreateDeviceRequest(device=spec)

@@ -16,6 +16,7 @@
     min_hold_seconds: 300
     cool_down_seconds: 30
     fail_back: preferred
+    on_lost_lease: continue
     ---
     device: disk-2
     parameters: {backing: /srv/disk-2.img}
@@ -32,7 +33,7 @@ from typing import Any
 import yaml
 
 from leasehold.client.errors import BadRequest
-from leasehold.client.policies import FailBack, Policies, Preemption, spelled
+from leasehold.client.policies import FailBack, LostLease, Policies, Preemption, spelled
 from leasehold.v1 import devices_pb2, records_pb2
 
 _FIELDS = (
@@ -50,6 +51,7 @@ _FIELDS = (
     "min_hold_seconds",
     "cool_down_seconds",
     "fail_back",
+    "on_lost_lease",
     "etag",
 )
 _TAKEOVER = {"HOLD_OFF": False, "UNSPECIFIED": False, "STRICT": True}
@@ -220,6 +222,7 @@ def _policies(where: str, found: Mapping[str, Any]) -> Policies:
         min_hold=_number(where, "min_hold_seconds", found.get("min_hold_seconds", 0), default="none"),
         cool_down=_number(where, "cool_down_seconds", found.get("cool_down_seconds", 0), default="none"),
         fail_back=_policy(where, "fail_back", found.get("fail_back", "stay"), FailBack),
+        on_lost_lease=_policy(where, "on_lost_lease", found.get("on_lost_lease", "stop"), LostLease),
     )
 
 

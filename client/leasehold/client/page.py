@@ -188,6 +188,7 @@ def _policies(policies: Policies) -> list[tuple[str, str]]:
         ("Pre-emption", policies.preemption),
         *((name, f"{value} s") for name, value in seconds.items() if value),
         ("Fail-back", policies.fail_back),
+        ("Without etcd", policies.on_lost_lease),
     ]
 
 

@@ -39,6 +39,16 @@ class FailBack(StrEnum):
     """It goes back to the first of its controllers that could serve it."""
 
 
+class LostLease(StrEnum):
+    """What its holder does when etcd does not answer."""
+
+    STOP = "stop"
+    """It stops at its deadline."""
+
+    CONTINUE = "continue"
+    """It goes on until the device itself refuses it, or etcd says that it is over. Takes a reservation."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policies:
     """All of it. The times are in seconds; a grace of 0 is the cluster's default."""
@@ -49,6 +59,7 @@ class Policies:
     min_hold: int = 0
     cool_down: int = 0
     fail_back: str = FailBack.STAY.value
+    on_lost_lease: str = LostLease.STOP.value
 
     @classmethod
     def of(cls, device: "records_pb2.Device") -> Self:
@@ -62,6 +73,7 @@ class Policies:
             min_hold=device.min_hold_seconds,
             cool_down=device.cool_down_seconds,
             fail_back=_word(FailBack, records_pb2.FailBackPolicy, device.fail_back),
+            on_lost_lease=_word(LostLease, records_pb2.LostLeasePolicy, device.on_lost_lease),
         )
 
     def message_fields(self) -> dict[str, Any]:
@@ -70,6 +82,7 @@ class Policies:
 
         preemption = _known(Preemption, "preemption", self.preemption)
         fail_back = _known(FailBack, "fail_back", self.fail_back)
+        lost_lease = _known(LostLease, "on_lost_lease", self.on_lost_lease)
         return {
             "labels": dict(self.labels),
             "preemption": records_pb2.PreemptionPolicy.Value(f"PREEMPTION_POLICY_{preemption.name}"),
@@ -77,6 +90,7 @@ class Policies:
             "min_hold_seconds": self.min_hold,
             "cool_down_seconds": self.cool_down,
             "fail_back": records_pb2.FailBackPolicy.Value(f"FAIL_BACK_POLICY_{fail_back.name}"),
+            "on_lost_lease": records_pb2.LostLeasePolicy.Value(f"LOST_LEASE_POLICY_{lost_lease.name}"),
         }
 
     def fields(self) -> dict[str, str]:
@@ -91,13 +105,14 @@ class Policies:
             **({"preemption": self.preemption} if self.preemption != Preemption.NEVER else {}),
             **{name: str(value) for name, value in seconds.items() if value},
             **({"fail_back": self.fail_back} if self.fail_back != FailBack.STAY else {}),
+            **({"on_lost_lease": self.on_lost_lease} if self.on_lost_lease != LostLease.STOP else {}),
         }
 
 
 def spelled(policy: type[E], text: str) -> E | None:
     """The policy that `text` names as people, JSON or the contract write it; None if it is none."""
     word = text.lower().replace("_", "-")
-    for prefix in ("preemption-policy-", "fail-back-policy-"):
+    for prefix in ("preemption-policy-", "fail-back-policy-", "lost-lease-policy-"):
         word = word.removeprefix(prefix)
     if word == "unspecified":
         return next(iter(policy))

@@ -69,6 +69,10 @@ class Session:
         """True once anybody has answered: the request stands, or stood."""
         return self._contact is not None
 
+    def again(self) -> None:
+        """Try for another access TTL to reach somebody, after `keep` could not."""
+        self._contact = now()
+
     async def keep(self) -> None:
         """Return once the request is over.
 

@@ -118,6 +118,7 @@ class Leasehold:
         min_hold: int = 0,
         cool_down: int = 0,
         fail_back: str = "stay",
+        on_lost_lease: str = "stop",
         validate_only: bool = False,
         unchecked: bool = False,
     ) -> devices_pb2.DeviceStatus:
@@ -135,6 +136,7 @@ class Leasehold:
             min_hold=min_hold,
             cool_down=cool_down,
             fail_back=fail_back,
+            on_lost_lease=on_lost_lease,
             validate_only=validate_only,
             unchecked=unchecked,
         )
@@ -156,6 +158,7 @@ class Leasehold:
         min_hold: int = 0,
         cool_down: int = 0,
         fail_back: str = "stay",
+        on_lost_lease: str = "stop",
         etag: str = "",
         validate_only: bool = False,
         unchecked: bool = False,
@@ -174,6 +177,7 @@ class Leasehold:
             min_hold=min_hold,
             cool_down=cool_down,
             fail_back=fail_back,
+            on_lost_lease=on_lost_lease,
             etag=etag,
             validate_only=validate_only,
             unchecked=unchecked,

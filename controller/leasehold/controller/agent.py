@@ -28,7 +28,7 @@ from typing import cast
 from leasehold.controller.activation import Activator, Overtaken
 from leasehold.controller.contest import Contest, Later, Passed, Won
 from leasehold.controller.context import Context
-from leasehold.controller.driver import Activation, DriverError, EpochPassed
+from leasehold.controller.driver import Activation, DriverError, EpochPassed, FenceKind
 from leasehold.controller.gate import GateError
 from leasehold.controller.hold import Decision, Hold, Phase, Situation, Step, decide
 from leasehold.controller.journal import OpenActivation
@@ -54,6 +54,7 @@ from leasehold.store.records import (
     Holder,
     HolderState,
     InstanceId,
+    LostLeasePolicy,
 )
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Agent:
         self.stopping = False
         self.worker: KeyedWorker[DeviceId] = KeyedWorker(self._sync)
         self._returns: KeyedWorker[DeviceId] = KeyedWorker(self._give_back)
+        session.patience, session.on_silence = self.outliving, self.session_silent
 
     # What the observer tells.
 
@@ -145,6 +147,16 @@ class Agent:
         """Seconds that a device which lost its holder need not be looked at, because others go first."""
         me, spec = self._session.me, self.specs.get(device)
         return self._contest.wait(device, spec.value, me) if me is not None and spec is not None else 0.0
+
+    def outliving(self) -> bool:
+        """Whether anything is served that goes on while etcd does not answer."""
+        return any(hold.outlives and hold.phase is Phase.SERVING for hold in self.holds.values())
+
+    def session_silent(self) -> None:
+        """The session's deadline has passed, and it is not known to be lost: the others end."""
+        for hold in list(self.holds.values()):
+            if not hold.outlives or hold.phase is not Phase.SERVING:
+                hold.end("the session could not be renewed before its deadline")
 
     def session_lost(self, reason: str) -> None:
         """No hold outlives the session it began under."""
@@ -456,8 +468,15 @@ class Agent:
             raise
         label = Label(self._session.installation, device, epoch, secrets.token_hex(8))
         activation = Activation(device, epoch, dict(spec.parameters), slot, read_only, label)
+        outlives = (
+            spec.on_lost_lease is LostLeasePolicy.CONTINUE
+            and driver.fence_of(spec.parameters) is FenceKind.RESERVATION
+        )
         self.holds[device] = Hold(
-            device, epoch, me, driver, activation, context.gate, self._on_end, spec=spec, told=told
+            *(device, epoch, me, driver, activation, context.gate, self._on_end),
+            spec=spec,
+            told=told,
+            outlives=outlives,
         )
         context.step("begun", device, epoch)
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from leasehold.controller.driver import BadParameters, Driver, DriverError, Observant
+from leasehold.controller.driver import BadParameters, Driver, DriverError, FenceKind, Observant
 from leasehold.runtime.api import answering
 from leasehold.store.records import ControllerId, check_id
-from leasehold.v1 import checks_pb2, checks_pb2_grpc
+from leasehold.v1 import checks_pb2, checks_pb2_grpc, records_pb2
 
 SERVICE = "leasehold.v1.CheckService"
 PATIENCE = 10.0
@@ -30,6 +30,8 @@ class CheckService(checks_pb2_grpc.CheckServiceServicer):
         async def handle() -> checks_pb2.CheckDeviceResponse:
             device = check_id("device", request.device.device)
             found = await look(self._drivers, device, request.device.driver, dict(request.device.parameters))
+            if not found.reason:
+                found = Found(_unfit(self._drivers[request.device.driver], request.device))
             return checks_pb2.CheckDeviceResponse(
                 controller=self._controller, bad_parameter=found.bad_parameter, reason=found.reason
             )
@@ -48,6 +50,15 @@ class CheckService(checks_pb2_grpc.CheckServiceServicer):
             return checks_pb2.GetActivityResponse(controller=self._controller)
 
         return await answering(context, handle)
+
+
+def _unfit(driver: Driver, device: records_pb2.Device) -> str:
+    """Why the policies of a device are not for its driver; empty if they are."""
+    outlives = device.on_lost_lease == records_pb2.LOST_LEASE_POLICY_CONTINUE
+    kind = driver.fence_of(dict(device.parameters))
+    if outlives and kind is not FenceKind.RESERVATION:
+        return f"on_lost_lease is continue, which takes the fence reservation, and the driver has {kind}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

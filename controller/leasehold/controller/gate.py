@@ -32,6 +32,8 @@ What the layout is for:
 3. A hold is bound to the session it began under. Once a session's deadline has passed, a new
    session deadline counts up the generation, and no slot opened before is revived.
 4. A deadline that has passed stays passed: `extend` and `set_session` do not bring it back.
+5. A hold that is to outlive its deadlines, because the device itself keeps others out, has the highest bit of
+   its generation set. It is allowed until it is shut.
 
 Not covered by the gate itself: a request that was allowed, and whose thread is then frozen before the
 system call. The fencer kills its process (see `leasehold.controller.fencer.process`); against a host that
@@ -61,6 +63,9 @@ _HEADER = 8
 _STRIDE = 4
 _SESSION, _GENERATION, _LOOKED = 2, 3, 4
 _EPOCH, _DEADLINE, _SHUT, _BORN = 0, 1, 2, 3
+_OUTLIVES = 1 << 63
+_NEVER = 1 << 62
+"""ns of CLOCK_BOOTTIME: in 146 years."""
 MAX_SLOTS = 1 << 20
 
 
@@ -159,8 +164,11 @@ class Gate:
         elif deadline_ns > current:
             words[_SESSION] = deadline_ns
 
-    def open(self, slot: int, epoch: int, deadline_ns: int) -> None:
-        """Allow `epoch` through `slot` until `deadline_ns`, while this session lasts."""
+    def open(self, slot: int, epoch: int, deadline_ns: int, *, outlives: bool = False) -> None:
+        """Allow `epoch` through `slot` until `deadline_ns`, while this session lasts.
+
+        With `outlives` until it is shut. `stands` then tells whether the deadlines are ahead.
+        """
         if epoch < 1:
             raise ValueError(f"epochs begin at 1, not {epoch}")
         at = self._at(slot)
@@ -169,9 +177,19 @@ class Gate:
         self._barrier()
         words[at + _EPOCH] = epoch
         words[at + _SHUT] = 0
-        words[at + _BORN] = words[_GENERATION]
+        words[at + _BORN] = words[_GENERATION] | (_OUTLIVES if outlives else 0)
         self._barrier()
         words[at + _DEADLINE] = deadline_ns
+
+    def renew(self, slot: int, epoch: int, deadline_ns: int) -> bool:
+        """`extend`, of one that outlives its deadlines: also once they have passed. False if it is shut."""
+        at = self._at(slot)
+        words = self._words
+        if words[at + _EPOCH] != epoch or words[at + _SHUT] == epoch:
+            return False
+        words[at + _BORN] = words[_GENERATION] | _OUTLIVES
+        words[at + _DEADLINE] = deadline_ns
+        return words[at + _SHUT] != epoch
 
     def extend(self, slot: int, epoch: int, deadline_ns: int) -> bool:
         """Move the deadline of an open slot forward. True if the hold lasts at least until then.
@@ -205,10 +223,23 @@ class Gate:
         # The deadlines before what they vouch for, see the module; the clock last.
         deadline = words[at + _DEADLINE]
         session = words[_SESSION]
+        born = words[at + _BORN]
+        if words[at + _EPOCH] != epoch or words[at + _SHUT] == epoch:
+            return False
+        if born != words[_GENERATION]:
+            return bool(born & _OUTLIVES and deadline)
+        return clock_gettime_ns(CLOCK_BOOTTIME) < (deadline if deadline < session else session)
+
+    def stands(self, slot: int, epoch: int) -> bool:
+        """`allows`, by the deadlines alone, whatever the hold outlives."""
+        at = self._at(slot)
+        words = self._words
+        deadline = words[at + _DEADLINE]
+        session = words[_SESSION]
         if (
             words[at + _EPOCH] != epoch
             or words[at + _SHUT] == epoch
-            or words[at + _BORN] != words[_GENERATION]
+            or words[at + _BORN] & ~_OUTLIVES != words[_GENERATION]
         ):
             return False
         return clock_gettime_ns(CLOCK_BOOTTIME) < (deadline if deadline < session else session)
@@ -222,9 +253,12 @@ class Gate:
         words = self._words
         deadline = words[at + _DEADLINE]
         session = words[_SESSION]
-        if words[at + _SHUT] == words[at + _EPOCH] or words[at + _BORN] != words[_GENERATION]:
+        born = words[at + _BORN]
+        if words[at + _SHUT] == words[at + _EPOCH]:
             return 0
-        return int(min(deadline, session))
+        if born & _OUTLIVES:
+            return _NEVER if deadline else 0
+        return int(min(deadline, session)) if born == words[_GENERATION] else 0
 
     def looked(self) -> None:
         """The fencer's word that it looks after the deadlines at this moment."""

@@ -230,6 +230,8 @@ class Hold:
     lease: Lease | None = None
     path: str = ""
     request: RequestId = NO_REQUEST
+    outlives: bool = False
+    """Whether it goes on when etcd does not answer, because the device itself keeps others out."""
     reason: str = ""
     failed: bool = False
     seen: Epoch = NO_EPOCH
@@ -257,7 +259,9 @@ class Hold:
         """
         if self.phase is not Phase.PREPARING or not lease.alive:
             return False
-        self.gate.open(self.activation.slot, self.epoch, lease.deadline)
+        self.gate.open(self.activation.slot, self.epoch, lease.deadline, outlives=self.outlives)
+        if self.outlives:
+            lease.outlive(lambda: self.phase is Phase.SERVING, lambda: None)
         lease.watch_deadline(self._extended)
         self._guard = asyncio.create_task(self._until_lost(lease), name=f"lease of {self.device}")
         return True
@@ -317,7 +321,8 @@ class Hold:
     def _extended(self, deadline: int) -> None:
         if self.phase not in (Phase.PREPARING, Phase.SERVING) and not self.graceful:
             return
-        if not self.gate.extend(self.activation.slot, self.epoch, deadline):
+        extend = self.gate.renew if self.outlives else self.gate.extend
+        if not extend(self.activation.slot, self.epoch, deadline):
             self.end("its gate has shut: the deadline passed before the renewal came")
 
     def _to(self, phase: Phase) -> None:

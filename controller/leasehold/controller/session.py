@@ -44,6 +44,10 @@ class Session:
         self._registered: Registered[Controller] | None = None
         self._draining = False
         self._running_out: set[LeaseId] = set()
+        self.patience: Callable[[], bool] = lambda: False
+        """Whether anything goes on under the session while etcd does not answer."""
+        self.on_silence: Callable[[], None] = lambda: None
+        """Called when its deadline has passed, and that does."""
         self.installation = ""
         """The installation that this controller belongs to, once it has registered."""
         self.lost = asyncio.Event()
@@ -105,6 +109,7 @@ class Session:
         self.lost.clear()
         context.gate.set_session(registered.lease.deadline)
         registered.lease.watch_deadline(lambda deadline: self._renewed(registered, deadline))
+        registered.lease.outlive(self.patience, self.on_silence)
         _log.info(
             "registered as %s, instance %s, session %s",
             context.name,

@@ -9,7 +9,14 @@ from leasehold.coordinator.planner import Ready, plan
 from leasehold.coordinator.view import DeviceView, RequestView
 from leasehold.store.codec import to_message
 from leasehold.store.ownership import DeviceState
-from leasehold.store.records import AccessRequest, Grant, HolderState, RequestId, RequestState
+from leasehold.store.records import (
+    AccessRequest,
+    Grant,
+    HolderState,
+    LostLeasePolicy,
+    RequestId,
+    RequestState,
+)
 from leasehold.v1 import access_pb2, devices_pb2, records_pb2
 
 
@@ -40,6 +47,9 @@ def standing_access(view: DeviceView, request: RequestId) -> access_pb2.Access |
         epoch=grant.epoch,
         revision=state.revision,
         mode=records_pb2.AccessMode.Value(f"ACCESS_MODE_{grant.mode}"),
+        outlives_silence=(
+            state.spec is not None and state.spec.value.on_lost_lease is LostLeasePolicy.CONTINUE
+        ),
     )
 
 

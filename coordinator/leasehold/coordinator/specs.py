@@ -187,6 +187,7 @@ def changed(before: Device, after: Device) -> list[str]:
         "min_hold_seconds",
         "cool_down_seconds",
         "fail_back",
+        "on_lost_lease",
     )
     return [name for name in fields if getattr(before, name) != getattr(after, name)]
 
@@ -336,6 +337,8 @@ def _check_policies(message: records_pb2.Device) -> None:
     preemption = records_pb2.PreemptionPolicy.values()
     require(message.preemption in preemption, "preemption", "NEVER, LOWER or AT_SAFE_POINT")
     require(message.fail_back in records_pb2.FailBackPolicy.values(), "fail_back", "STAY or PREFERRED")
+    lost_lease = records_pb2.LostLeasePolicy.values()
+    require(message.on_lost_lease in lost_lease, "on_lost_lease", "STOP or CONTINUE")
     for name, seconds, longest in (
         ("preemption_grace_seconds", message.preemption_grace_seconds, LONGEST_GRACE),
         ("min_hold_seconds", message.min_hold_seconds, LONGEST_HOLD),

@@ -127,6 +127,7 @@ class Access(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
     OTHERS_FIELD_NUMBER: builtins.int
+    OUTLIVES_SILENCE_FIELD_NUMBER: builtins.int
     request: builtins.str
     """The request it answers."""
     device: builtins.str
@@ -141,6 +142,10 @@ class Access(google.protobuf.message.Message):
     """The etcd revision at which all this was so."""
     mode: leasehold.v1.records_pb2.AccessMode.ValueType
     """How it may be used. Under READ_ONLY the path refuses writes."""
+    outlives_silence: builtins.bool
+    """Its holder goes on while etcd does not answer: so may a client that nobody answers, until its path breaks or
+    it is told that the access is over.
+    """
     @property
     def others(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Access]:
         """The other devices of a request for several, in the order in which it named them."""
@@ -156,8 +161,9 @@ class Access(google.protobuf.message.Message):
         revision: builtins.int = ...,
         mode: leasehold.v1.records_pb2.AccessMode.ValueType = ...,
         others: collections.abc.Iterable[global___Access] | None = ...,
+        outlives_silence: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "others", b"others", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controller", b"controller", "device", b"device", "epoch", b"epoch", "mode", b"mode", "others", b"others", "outlives_silence", b"outlives_silence", "path", b"path", "request", b"request", "revision", b"revision"]) -> None: ...
 
 global___Access = Access
 

@@ -100,6 +100,34 @@ FAIL_BACK_POLICY_PREFERRED: FailBackPolicy.ValueType  # 2
 """It goes back to the first of its controllers that could serve it."""
 global___FailBackPolicy = FailBackPolicy
 
+class _LostLeasePolicy:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LostLeasePolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LostLeasePolicy.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LOST_LEASE_POLICY_UNSPECIFIED: _LostLeasePolicy.ValueType  # 0
+    """Same as LOST_LEASE_POLICY_STOP."""
+    LOST_LEASE_POLICY_STOP: _LostLeasePolicy.ValueType  # 1
+    """It stops at its deadline."""
+    LOST_LEASE_POLICY_CONTINUE: _LostLeasePolicy.ValueType  # 2
+    """It goes on until it hears that a lease is gone, or until the device refuses it. Only where the device itself
+    keeps earlier holders out: fence `reservation`.
+    """
+
+class LostLeasePolicy(_LostLeasePolicy, metaclass=_LostLeasePolicyEnumTypeWrapper):
+    """What a holder does whose leases can not be renewed because etcd does not answer."""
+
+LOST_LEASE_POLICY_UNSPECIFIED: LostLeasePolicy.ValueType  # 0
+"""Same as LOST_LEASE_POLICY_STOP."""
+LOST_LEASE_POLICY_STOP: LostLeasePolicy.ValueType  # 1
+"""It stops at its deadline."""
+LOST_LEASE_POLICY_CONTINUE: LostLeasePolicy.ValueType  # 2
+"""It goes on until it hears that a lease is gone, or until the device refuses it. Only where the device itself
+keeps earlier holders out: fence `reservation`.
+"""
+global___LostLeasePolicy = LostLeasePolicy
+
 class _PreemptedPolicy:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -364,6 +392,7 @@ class Device(google.protobuf.message.Message):
     MIN_HOLD_SECONDS_FIELD_NUMBER: builtins.int
     COOL_DOWN_SECONDS_FIELD_NUMBER: builtins.int
     FAIL_BACK_FIELD_NUMBER: builtins.int
+    ON_LOST_LEASE_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Major version of this record; 1."""
     device: builtins.str
@@ -388,6 +417,8 @@ class Device(google.protobuf.message.Message):
     """How long it stays where it was used last before it goes elsewhere for a request, in seconds."""
     fail_back: global___FailBackPolicy.ValueType
     """Whether it goes back to where it is best served when nobody uses it."""
+    on_lost_lease: global___LostLeasePolicy.ValueType
+    """What its holder does when etcd does not answer."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The driver's parameters."""
@@ -417,8 +448,9 @@ class Device(google.protobuf.message.Message):
         min_hold_seconds: builtins.int = ...,
         cool_down_seconds: builtins.int = ...,
         fail_back: global___FailBackPolicy.ValueType = ...,
+        on_lost_lease: global___LostLeasePolicy.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "cool_down_seconds", b"cool_down_seconds", "device", b"device", "driver", b"driver", "fail_back", b"fail_back", "labels", b"labels", "min_hold_seconds", b"min_hold_seconds", "parameters", b"parameters", "path_template", b"path_template", "preemption", b"preemption", "preemption_grace_seconds", b"preemption_grace_seconds", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["controllers", b"controllers", "cool_down_seconds", b"cool_down_seconds", "device", b"device", "driver", b"driver", "fail_back", b"fail_back", "labels", b"labels", "min_hold_seconds", b"min_hold_seconds", "on_lost_lease", b"on_lost_lease", "parameters", b"parameters", "path_template", b"path_template", "preemption", b"preemption", "preemption_grace_seconds", b"preemption_grace_seconds", "takeover", b"takeover", "ttl_seconds", b"ttl_seconds", "version", b"version"]) -> None: ...
 
 global___Device = Device
 

@@ -101,6 +101,9 @@ class Lease:
         self.lost = asyncio.Event()
         self._keeper = keeper
         self._callbacks: list[Callable[[int], None]] = []
+        self._patience: Callable[[], bool] | None = None
+        self._on_silence: Callable[[], None] | None = None
+        self._silent = False
         # The keeper's: whether it renews this lease, and the one entry of its heap that counts.
         self._kept = False
         self._paused = False
@@ -127,6 +130,13 @@ class Lease:
 
         return end
 
+    def outlive(self, patience: Callable[[], bool], on_silence: Callable[[], None]) -> None:
+        """Do not take it for lost when its deadline passes, as long as `patience()`: only when etcd says so.
+
+        For what something else keeps safe. `alive` is False meanwhile. `on_silence` is called once each time.
+        """
+        self._patience, self._on_silence = patience, on_silence
+
     def pause(self) -> None:
         """Stop renewing, for as long as what the lease stands for is not healthy. The deadline stays."""
         self._paused = True
@@ -137,10 +147,24 @@ class Lease:
             self._paused = False
             self._keeper._schedule(self, self._keeper.clock())
 
+    def _outlives(self) -> bool:
+        """Whether its deadline, which has passed, does not end it."""
+        if self._patience is None or self._paused or not self._patience():
+            return False
+        if not self._silent:
+            self._silent = True
+            _log.error("%r: etcd does not answer; what it stands for goes on without", self)
+            if self._on_silence is not None:
+                self._on_silence()
+        return True
+
     def _extend(self, ttl: int, deadline: int) -> None:
         self.ttl = ttl
         if deadline <= self.deadline:
             return
+        if self._silent:
+            _log.warning("%r: etcd has it still", self)
+            self._silent = False
         self.deadline = deadline
         for callback in tuple(self._callbacks):
             callback(deadline)
@@ -399,7 +423,10 @@ class LeaseKeeper:
                 if lease._kept and self.clock() < deadline:
                     break
                 heapq.heappop(self._deadlines)
-                if lease._kept:
+                if lease._kept and lease._outlives():
+                    again = self.clock() + int(_LONGEST_NAP * NANOSECONDS)
+                    heapq.heappush(self._deadlines, (again, next(self._order), lease))
+                elif lease._kept:
                     self._lose(lease, "it could not be renewed before its deadline")
             await self._nap(self._deadlines_changed, self._deadlines)
 
@@ -476,7 +503,7 @@ class LeaseKeeper:
                     self._schedule(successor, now)
             elif reply.TTL <= 0:
                 self._lose(lease, "etcd has it no more")
-            elif now >= lease.deadline:
+            elif now >= lease.deadline and not lease._outlives():
                 # Whoever watches the deadline from outside has acted on it.
                 self._lose(lease, "its renewal was answered after its deadline")
             else:

@@ -97,6 +97,11 @@ class FailBackPolicy(StrEnum):
     PREFERRED = "PREFERRED"
 
 
+class LostLeasePolicy(StrEnum):
+    STOP = "STOP"
+    CONTINUE = "CONTINUE"
+
+
 class PreemptedPolicy(StrEnum):
     END = "END"
     REQUEUE = "REQUEUE"
@@ -169,6 +174,7 @@ class Device:
     min_hold_seconds: int = 0
     cool_down_seconds: int = 0
     fail_back: FailBackPolicy = FailBackPolicy.STAY
+    on_lost_lease: LostLeasePolicy = LostLeasePolicy.STOP
 
     @property
     def ttl(self) -> int:

@@ -19,7 +19,7 @@ from leasehold.client.options import (
     say,
     seconds,
 )
-from leasehold.client.policies import FailBack, Preemption
+from leasehold.client.policies import FailBack, LostLease, Preemption
 
 if TYPE_CHECKING:
     from leasehold.client.applying import Step
@@ -72,6 +72,9 @@ def create_device(
     fail_back: Annotated[
         FailBack, typer.Option(help="Whether it goes back to its first controller when nobody uses it.")
     ] = FailBack.STAY,
+    on_lost_lease: Annotated[
+        LostLease, typer.Option(help="Whether its holder goes on while etcd does not answer.")
+    ] = LostLease.STOP,
     unchecked: Unchecked = False,
     output: Output = Form.TABLE,
     coordinator: Coordinators = None,
@@ -104,6 +107,7 @@ def create_device(
                 min_hold=min_hold,
                 cool_down=cool_down,
                 fail_back=fail_back.value,
+                on_lost_lease=on_lost_lease.value,
                 unchecked=unchecked,
             )
         ),
@@ -137,6 +141,7 @@ def apply(
     min_hold_seconds: 300                 for which a controller serves it at least
     cool_down_seconds: 30                 for which it stays where it was used last
     fail_back: preferred                  or stay, the default
+    on_lost_lease: continue               or stop, the default: while etcd does not answer
 
     One device, a list of them, or several documents separated by ---. A field that is left out gets its
     default. What "leasehold get devices -o yaml" prints is taken as well, and then refused where the device

@@ -5,6 +5,7 @@ connection that was lost) stops all I/O of the export. The thread that met it lo
 keys and the reservation, over a new session if there is none. Either both are this hold's, or nobody's and
 the hold's deadline is still ahead; then they are put in order and what was interrupted is done again, which
 for the one writer of a block changes nothing. Or they are another's, and then the export has failed for good.
+So it has if the deadline has passed and they are not as they were: what is nobody's may have been anybody's.
 """
 
 from __future__ import annotations
@@ -297,10 +298,11 @@ class LunBacking:
             while True:
                 if self.failure is not None:
                     raise OSError(errno.EIO, self.failure, self.path)
-                if not self._stands():
-                    raise OSError(errno.ESHUTDOWN, f"{why}; and the hold has ended", self.path)
                 try:
-                    self._restore()
+                    if self._stands():
+                        self._restore()
+                    else:
+                        self._look_only()
                 except Unreserved as error:
                     self._taken = True
                     self.failure = f"{why}; {error}"
@@ -313,6 +315,14 @@ class LunBacking:
                     self._mended += 1
                     self._note("it is still this hold's; what was interrupted is done again")
                     return
+
+    def _look_only(self) -> None:
+        """The deadline has passed, and only etcd could say whose it is. Raises Unreserved, OSError."""
+        if self._session.lost:
+            self.failure = f"{self._session.lost}; without a deadline ahead nothing is registered anew"
+            raise OSError(errno.ESHUTDOWN, self.failure, self.path)
+        if (why := self._reservation.lost()) is not None:
+            raise Unreserved(why)
 
     def _note(self, what: str) -> None:
         """For the controller's log, where this process writes as well."""

@@ -212,7 +212,7 @@ class Worker:
         self, message: Message, slot: int, epoch: int, *, read_only: bool, writeback: bool
     ) -> Backing | LunBacking:
         if (lun := _lun(message)) is not None:
-            return LunBacking(lun, epoch, stands=lambda: self._gate.allows(slot, epoch))
+            return LunBacking(lun, epoch, stands=lambda: self._gate.stands(slot, epoch))
         return Backing(str(message["backing"]), read_only=read_only, writeback=writeback)
 
     def _fence(self, message: Message) -> Message:
