@@ -1,10 +1,12 @@
 """What the configuration file of a controller says."""
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from leasehold.controller.executing.program import Program
 from leasehold.controller.gate import MAX_SLOTS
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
@@ -98,11 +100,17 @@ class ControllerConfig:
     data: DataSettings = field(default_factory=DataSettings)
     filesystem: FilesystemSettings = field(default_factory=FilesystemSettings)
     fencer: FencerSettings = field(default_factory=FencerSettings)
+    exec: Mapping[str, Program] = field(default_factory=dict)
+    """The programs of the driver `exec`, each under the name that specs know it by."""
 
     def __post_init__(self) -> None:
         check_id("controller", self.name)
         if not self.drivers:
             raise ValueError("drivers is empty: this controller could hold nothing")
+        for name in self.exec:
+            check_id("exec", name)
+        if "exec" in self.drivers and not self.exec:
+            raise ValueError("the driver exec has nothing to run: declare a program by a table [exec.NAME]")
         if len(self.host) > LONGEST_HOST or not self.host.isprintable():
             raise ValueError(
                 f"host {self.host[:40]!r} is not printable or longer than {LONGEST_HOST} characters"

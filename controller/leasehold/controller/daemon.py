@@ -220,6 +220,7 @@ class Daemon:
             on_unhealthy=self._unhealthy,
             mount_root=config.mount_root,
             fencer=self._fencer,
+            programs=config.exec,
         )
         factories = self._factories if self._factories is not None else driver_factories(config.drivers)
         return {name: factory(given) for name, factory in factories.items()}

@@ -32,6 +32,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from leasehold.controller.executing.program import Program
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
@@ -85,7 +86,8 @@ class DriverContext:
     `base_port` 0 means ephemeral ports. `mount_root` is this controller's own directory for mount points.
     `on_unhealthy(device, reason)` is called on the event loop
     when a data path breaks without having been asked. `fencer` ends those processes of a driver that are late
-    with a deadline, and only those it was told of; a driver without processes needs none.
+    with a deadline, and only those it was told of; a driver without processes needs none. `programs` are
+    those that the configuration declares, by name.
     """
 
     gate: Gate
@@ -97,6 +99,7 @@ class DriverContext:
     on_unhealthy: Callable[[str, str], None] = field(repr=False)
     mount_root: Path = Path("/run/leasehold/mnt")
     fencer: FencerChannel | None = None
+    programs: Mapping[str, Program] = field(default_factory=dict)
 
 
 class DriverError(Exception):
