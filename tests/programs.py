@@ -19,7 +19,7 @@ asked = json.load(sys.stdin)
 with open(asked["parameters"]["register"], "a+") as register:
     fcntl.flock(register, fcntl.LOCK_EX)
     register.seek(0)
-    highest = int(register.read() or 0)
+    highest = int((register.read() or "0").split()[0])
     verb, epoch = asked["verb"], asked["epoch"]
     with open(asked["parameters"]["register"] + ".log", "a") as log:
         print(verb, epoch, *asked["lower"], file=log)
