@@ -1,243 +1,369 @@
-"""The `exec` driver: programs that do what they should, programs that do not, and whole controllers."""
+"""The driver `exec` with real programs: what it makes of them, and that nothing of them stays."""
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from leasehold.client import connect
-from leasehold.client.dev import DevCluster
-from leasehold.controller.config import ControllerConfig
 from leasehold.controller.driver import (
-    Activation,
     ActivationFailed,
     BadParameters,
-    DriverContext,
     DriverError,
     EpochPassed,
     FenceKind,
     FenceRefused,
     NotProved,
 )
-from leasehold.controller.drivers.exec import ExecDriver
-from leasehold.controller.gate import Gate
-from leasehold.controller.programs.program import Program
-from leasehold.runtime.config import ConfigError, load
-from leasehold.store.clock import NANOSECONDS, boottime_ns
+from leasehold.store import ownership
+from programs import RESERVING, SECOND, Site, alive, make, number
+from rivals import Controllers, until
 
-SHELF = Path(__file__).parent.parent / "shelf.py"
-WAIT = 20.0
-
-
-class Site:
-    def __init__(self, directory: Path, **more: Program) -> None:
-        self.shelf = directory / "shelf"
-        self.shelf.mkdir()
-        self.gate = Gate.create(directory / "gate", slots=4)
-        self.gate.set_session(boottime_ns() + 600 * NANOSECONDS)
-        programs = {"shelf": Program(command=SHELF, fence="reservation", timeout=2.0), **more}
-        self.context = DriverContext(
-            self.gate, directory, "", "", 0, 1, lambda *_: None, name="a", programs=programs
-        )
-        self.driver = ExecDriver(self.context)
-
-    def activation(self, epoch: int, **parameters: str) -> Activation:
-        given = {"program": "shelf", "at": str(self.shelf), **parameters}
-        return Activation("tape-1", epoch, given, self.gate.take_slot())
-
-    def misbehave(self, verb: str, how: str) -> None:
-        (self.shelf / f"{verb}-does").write_text(how)
-
-    @property
-    def calls(self) -> list[str]:
-        return (self.shelf / "calls").read_text().splitlines()
+Sites = Callable[..., Site]
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    site = Site(tmp_path)
-    await site.driver.start()
-    yield site
-    await site.driver.stop()
-    site.gate.close()
+async def site(tmp_path: Path) -> AsyncIterator[Sites]:
+    made: list[Site] = []
+
+    def begin(text: str, *, name: str = "a", fence: str = "none", timeout: float = 10.0) -> Site:
+        command = make(tmp_path / f"{name}.program", text)
+        made.append(Site(tmp_path / name, command, fence=fence, timeout=timeout))
+        return made[-1]
+
+    yield begin
+    for item in made:
+        await item.close()
 
 
-async def test_each_verb_is_done_by_the_program(site: Site) -> None:
-    hold = site.activation(3)
-    assert await site.driver.probe("tape-1", hold.parameters) is None
-    await site.driver.prepare(hold)
-    await site.driver.fence(hold, [1, 2])
-    await site.driver.activate(hold)
-    assert site.driver.path(hold) == "shelf://a/tape-1-3"
-    assert await site.driver.verify(hold) is None
-    await site.driver.deactivate(hold, drain=1)
-    assert site.calls == [
-        "None probe None",
-        *(f"a {verb} 3" for verb in ("prepare", "fence", "activate", "verify", "deactivate")),
-    ]
-    assert "not on the shelf" in (await site.driver.verify(hold) or "")
-
-
-async def test_a_lower_epoch_is_refused_with_the_one_that_was_seen(site: Site) -> None:
-    await site.driver.fence(site.activation(7), [])
-    with pytest.raises(EpochPassed) as passed:
-        await site.driver.prepare(site.activation(3))
-    assert passed.value.highest == 7
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("hang", "did not end in 2 s"),
-        ("flood", "more than 65536 bytes"),
-        ("garbage", "no JSON object but 'well, hello'"),
-        ("fail", "it jammed; badly"),
-        ("die", "ended by SIGKILL"),
-        ("leave", "did not end in 2 s|named no path"),
-    ],
-)
-async def test_a_program_that_misbehaves_fails_by_name_and_is_gone(site: Site, how: str, said: str) -> None:
-    site.misbehave("activate", how)
-    before = group_members()
-    with pytest.raises(ActivationFailed, match=said):
-        await site.driver.activate(site.activation(3))
-    assert group_members() <= before, "something of it was left behind"
-    for verb, error in (("deactivate", NotProved), ("fence", FenceRefused)):
-        if how in ("leave", "garbage"):
-            continue
-        site.misbehave(verb, how)
-        hold = site.activation(3)
-        ask = site.driver.fence(hold, [1]) if verb == "fence" else site.driver.deactivate(hold, drain=0.1)
-        with pytest.raises(error, match=said):
-            await ask
-        site.gate.give_slot(hold.slot)
-
-
-async def test_one_that_is_not_wanted_any_more_is_ended_first(site: Site) -> None:
-    site.misbehave("activate", "hang")
-    before = group_members()
-    attempt = asyncio.create_task(site.driver.activate(site.activation(3)))
-    async with asyncio.timeout(WAIT):
-        while not (site.shelf / "calls").exists():
-            await asyncio.sleep(0.01)
-    attempt.cancel()
-    with suppress(asyncio.CancelledError):
-        await attempt
-    assert group_members() <= before
-
-
-async def test_what_the_program_can_not_reach_is_told(site: Site, tmp_path: Path) -> None:
-    reason = await site.driver.probe("tape-1", {"program": "shelf", "at": str(tmp_path)})
-    assert reason is None
-    site.misbehave("probe", "hang")
-    with pytest.raises(DriverError, match="did not end"):
-        await site.driver.probe("tape-1", {"program": "shelf", "at": str(site.shelf)})
-
-
-async def test_a_spec_names_no_program_but_one_that_is_configured(site: Site) -> None:
-    for name in ("", "other", "/bin/sh", "../shelf"):
-        with pytest.raises(BadParameters, match="not in this controller's configuration") as refused:
-            await site.driver.check({"program": name})
-        assert refused.value.field == "program"
-    with pytest.raises(NotProved, match="not in this controller's configuration"):
-        await site.driver.deactivate(site.activation(1, program="gone"), drain=0)
-
-
-async def test_the_fence_is_what_the_configuration_says(tmp_path: Path) -> None:
-    site = Site(tmp_path, weak=Program(command=SHELF))
-    assert site.driver.fence_kind is FenceKind.NONE
-    assert site.driver.fence_of({"program": "shelf"}) is FenceKind.RESERVATION
-    assert site.driver.fence_of({"program": "weak"}) is FenceKind.NONE
-    assert site.driver.fence_of({}) is FenceKind.NONE
-    site.gate.close()
-
-
-async def test_a_program_that_others_could_change_is_not_run(tmp_path: Path) -> None:
-    for number, (mode, said) in enumerate(((0o777, "written by others"), (0o644, "executed"))):
-        program = tmp_path / f"program-{number}"
-        program.write_text("#!/bin/sh\n")
-        program.chmod(mode)
-        (tmp_path / str(number)).mkdir()
-        site = Site(tmp_path / str(number), bad=Program(command=program))
-        with pytest.raises(DriverError, match=said):
-            await site.driver.start()
-        site.gate.close()
+async def test_a_program_is_told_what_to_do_and_nothing_else(site: Sites, tmp_path: Path) -> None:
+    a = site(
+        f'cat > {tmp_path}/in; env > {tmp_path}/env; pwd >> {tmp_path}/env; echo \'{{"path": "a:b-3"}}\''
+    )
+    await a.driver.start()
+    activation = a.activation(3, register="r; touch /x", cartridge="$(id)")
+    deadline = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + 60 * SECOND
+    a.gate.open(activation.slot, 3, deadline)
+    await a.driver.activate(activation)
+    assert a.driver.path(activation) == "a:b-3"
+    asked = json.loads((tmp_path / "in").read_text())
+    assert (asked["version"], asked["verb"], asked["device"], asked["epoch"]) == (1, "activate", "d1", 3)
+    assert asked["parameters"] == {"register": "r; touch /x", "cartridge": "$(id)"}
+    assert asked["read_only"] is False
+    lines = (tmp_path / "env").read_text().splitlines()
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert {name for name in environment if name not in ("PWD", "OLDPWD", "SHLVL", "_")} == {
+        *("PATH", "LANG", "LEASEHOLD_VERB", "LEASEHOLD_DEVICE", "LEASEHOLD_EPOCH"),
+        *("LEASEHOLD_DEADLINE", "LEASEHOLD_LEFT", "LEASEHOLD_TIMEOUT"),
+    }
+    assert float(environment["LEASEHOLD_DEADLINE"]) == pytest.approx(deadline / SECOND, abs=0.001)
+    assert 0 < float(environment["LEASEHOLD_LEFT"]) <= 60
+    assert lines[-1] == "/"
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("code", "probe", "activate", "fence", "deactivate"),
     [
-        ('command = "tape"', "no absolute path"),
-        ('command = "/bin/true"\nfence = "gate"', "neither none nor reservation"),
-        ('command = "/bin/true"\ntimeout = 0', "timeout"),
-        ('comand = "/bin/true"', "exec.tape.comand: no such setting"),
+        (0, None, None, None, None),
+        (1, DriverError, ActivationFailed, FenceRefused, NotProved),
+        (3, "so it is", ActivationFailed, FenceRefused, NotProved),
+        (4, DriverError, EpochPassed, EpochPassed, NotProved),
+        (5, DriverError, ActivationFailed, FenceRefused, NotProved),
+        (6, DriverError, ActivationFailed, FenceRefused, NotProved),
+        (64, BadParameters, BadParameters, FenceRefused, NotProved),
     ],
 )
-def test_configurations_that_can_not_be_used(tmp_path: Path, table: str, said: str) -> None:
-    file = tmp_path / "controller.toml"
-    file.write_text(f'name = "a"\nstate_dir = "{tmp_path}"\n[exec.tape]\n{table}\n')
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        load(ControllerConfig, file)
-
-
-def group_members() -> set[int]:
-    """The processes of the shelf's program."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if str(SHELF).encode() in entry.read_bytes():
-                found.add(int(entry.parent.name))
-    return found
-
-
-# Whole controllers.
-
-
-def active(shelf: Path) -> list[int]:
-    """The epochs in which it is active."""
-    return sorted(int(path.name.partition("-")[2]) for path in shelf.glob("active-*"))
-
-
-@pytest.fixture
-def shelf(tmp_path: Path) -> Path:
-    path = tmp_path / "shelf"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture(params=["reservation", "none"])
-def cluster(request: pytest.FixtureRequest, shelf: Path) -> Iterator[DevCluster]:
-    tables = {"exec.shelf": {"command": str(SHELF), "fence": request.param}}
-    with DevCluster(devices=0, drivers=("exec",), tables=tables) as running:
-        parameters = {"program": "shelf", "at": str(shelf)}
-        running.create_device("tape-1", "exec", parameters, controllers=("a", "b", "c"))
-        yield running
-
-
-async def test_transfers_and_a_takeover_if_the_device_fences(
-    cluster: DevCluster, shelf: Path, request: pytest.FixtureRequest
+async def test_exit_codes(
+    site: Sites, code: int, probe: object, activate: object, fence: object, deactivate: object
 ) -> None:
-    async with connect(*cluster.endpoints, tls=False) as leasehold:
-        for epoch, name in enumerate("ab", 1):
-            async with leasehold.access("tape-1", controller=name) as access:
-                assert access.path == f"shelf://{name}/tape-1-{epoch}"
-                assert active(shelf) == [epoch]
-        async with leasehold.access("tape-1") as access:
-            assert access.controller == "b"
-            cluster.kill("b")
-            if "reservation" in request.node.name:
-                async with asyncio.timeout(WAIT):
-                    while access.controller == "b":
-                        await asyncio.sleep(0.05)
-                assert int((shelf / "fence").read_text()) == access.epoch == 3
-                return
-            # Nobody can make certain that b is over: it is not taken over.
-            async with asyncio.timeout(WAIT):
-                while "FENCE_UNAVAILABLE" not in "".join(
-                    cluster.controllers[name].log.read_text() for name in "ac"
-                ):
-                    await asyncio.sleep(0.1)
-            assert 3 not in active(shelf)
+    said = {"reason": "so it is", "highest": 9, "field": "slot", "path": "a:b-3"}
+    a = site(f"echo '{json.dumps(said)}'; exit {code}", fence="reservation")
+    await a.driver.start()
+    activation = a.activation(3)
+    for wanted, verb in (
+        (probe, a.driver.probe("d1", activation.parameters)),
+        (activate, a.driver.prepare(activation)),
+        (activate, a.driver.activate(activation)),
+        (fence, a.driver.fence(activation, [1, 2])),
+        (deactivate, a.driver.deactivate(activation, drain=0)),
+    ):
+        if isinstance(wanted, type):
+            with pytest.raises(wanted, match="so it is") as caught:
+                await verb
+            assert type(caught.value) is wanted
+            assert getattr(caught.value, "highest", 9) == 9
+            assert getattr(caught.value, "field", "slot") == "slot"
+        else:
+            assert await verb == wanted
+    assert await a.driver.verify(activation) == (None if code == 0 else "so it is")
+
+
+async def test_an_activation_without_a_path_fails(site: Sites) -> None:
+    a = site("exit 0")
+    await a.driver.start()
+    with pytest.raises(ActivationFailed, match="named no path"):
+        await a.driver.activate(a.activation(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("echo done", "no JSON object: 'done"),
+        ("head -c 300000 /dev/zero", "more than 64 KiB"),
+        ("while :; do echo 0123456789012345678901234567890123456789; done", "more than 64 KiB"),
+        ("head -c 300000 /dev/zero >&2; echo the robot is jammed >&2; exit 1", "the robot is jammed"),
+        ("head -c 5000 /dev/urandom; exit 0", "no JSON object"),
+        ("kill -9 $$", "signal 9"),
+        ("#!/nowhere/interpreter\n", "it can not be run: No such file"),
+        ("kill -9 $PPID; sleep 60", "who watched over it died"),
+    ],
+)
+async def test_a_deactivation_that_went_wrong_is_no_proof(site: Sites, text: str, wrong: str) -> None:
+    a = site(text)
+    await a.driver.start()
+    with pytest.raises(NotProved, match=wrong) as caught:
+        await a.driver.deactivate(a.activation(1), drain=0)
+    assert len(caught.value.reason) < 3000
+    assert "\0" not in caught.value.reason
+
+
+async def test_who_hangs_is_ended_with_all_he_started(site: Sites, tmp_path: Path) -> None:
+    """Also one that ignores SIGTERM, and one that went to a session of its own."""
+    a = site(
+        f"""trap '' TERM
+setsid sh -c 'trap "" TERM; echo $$ > {tmp_path}/detached; while :; do sleep 1; done' &
+echo $$ > {tmp_path}/self
+while :; do sleep 1; done""",
+        timeout=1.0,
+    )
+    await a.driver.start()
+    with pytest.raises(NotProved, match="it took too long"):
+        await a.driver.deactivate(a.activation(1), drain=0)
+    for file in ("self", "detached"):
+        assert (pid := number(tmp_path / file)) > 0
+        assert not alive(pid)
+
+
+async def test_what_a_program_leaves_behind_is_killed(
+    site: Sites, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = site(
+        f"""setsid sh -c 'echo $$ > {tmp_path}/left; exec sleep 600' &
+while [ ! -s {tmp_path}/left ]; do :; done"""
+    )
+    await a.driver.start()
+    with caplog.at_level(logging.WARNING):
+        await a.driver.deactivate(a.activation(1), drain=0)
+    assert not alive(number(tmp_path / "left"))
+    assert "left 1 processes behind at deactivate" in caplog.text
+
+
+async def test_a_cancelled_call_has_ended_when_it_is_cancelled(site: Sites, tmp_path: Path) -> None:
+    a = site(
+        f"""[ $LEASEHOLD_VERB = activate ] || exit 0
+echo $$ > {tmp_path}/self
+exec sleep 600"""
+    )
+    await a.driver.start()
+    activation = a.activation(1)
+    task = asyncio.create_task(a.driver.activate(activation))
+    await until(lambda: number(tmp_path / "self") > 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not alive(number(tmp_path / "self"))
+    await a.driver.deactivate(activation, drain=0)
+
+
+async def test_a_look_makes_way_for_a_deactivation(site: Sites, tmp_path: Path) -> None:
+    a = site(f"[ $LEASEHOLD_VERB = verify ] || exit 0\necho $$ > {tmp_path}/self\nexec sleep 600")
+    await a.driver.start()
+    activation = a.activation(1)
+    looking = asyncio.create_task(a.driver.verify(activation))
+    await until(lambda: number(tmp_path / "self") > 0)
+    await a.driver.deactivate(activation, drain=0)
+    assert not alive(number(tmp_path / "self"))
+    assert await looking == "it is being deactivated"
+
+
+async def test_a_look_that_is_cancelled_says_so(site: Sites, tmp_path: Path) -> None:
+    a = site(f"echo $$ > {tmp_path}/self\nexec sleep 600")
+    await a.driver.start()
+    looking = asyncio.create_task(a.driver.verify(a.activation(1)))
+    await until(lambda: number(tmp_path / "self") > 0)
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+    assert not alive(number(tmp_path / "self"))
+
+
+async def test_a_run_of_an_earlier_instance_is_waited_for(site: Sites, tmp_path: Path) -> None:
+    """As long as anything of it is there: whoever it has started has the lock."""
+    a = site("exit 0")
+    await a.driver.start()
+    activation = a.activation(1)
+    await a.driver.deactivate(activation, drain=0)
+    lock = tmp_path / "a" / "exec" / "d1.lock"
+    holder = await asyncio.create_subprocess_exec(
+        "flock", str(lock), "sh", "-c", f"echo $$ > {tmp_path}/has; exec sleep 600"
+    )
+    try:
+        await until(lambda: number(tmp_path / "has") > 0)
+        with pytest.raises(NotProved, match="an earlier run has not ended"):
+            await a.driver.deactivate(activation, drain=0)
+    finally:
+        os.kill(number(tmp_path / "has"), signal.SIGKILL)
+        await holder.wait()
+    await a.driver.deactivate(activation, drain=0)
+
+
+async def test_a_program_dies_with_its_controller(tmp_path: Path) -> None:
+    make(tmp_path / "program", f"echo $$ > {tmp_path}/self\nsleep 600")
+    code = f"""
+import asyncio
+from pathlib import Path
+from leasehold.store import ownership
+from programs import Site
+site = Site(Path("{tmp_path}/a"), Path("{tmp_path}/program"))
+async def main():
+    await site.driver.start()
+    await site.driver.prepare(site.activation(1))
+asyncio.run(main())
+"""
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=here)
+    await until(lambda: number(tmp_path / "self") > 0)
+    process.kill()
+    await process.wait()
+    await until(lambda: not alive(number(tmp_path / "self")))
+
+
+async def test_a_program_that_was_changed_is_not_run(site: Sites, tmp_path: Path) -> None:
+    a = site(f"touch {tmp_path}/ran")
+    await a.driver.start()
+    (tmp_path / "a.program").chmod(0o777)
+    with pytest.raises(NotProved, match="writable by others"):
+        await a.driver.deactivate(a.activation(1), drain=0)
+    with pytest.raises(DriverError, match="writable by others"):
+        await a.driver.probe("d1", {"program": "p"})
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_what_is_not_declared_is_not_run(site: Sites) -> None:
+    a = site("exit 0")
+    await a.driver.start()
+    with pytest.raises(BadParameters, match=r"is '/bin/sh', which .* does not declare; there are p"):
+        await a.driver.check({"program": "/bin/sh"})
+    with pytest.raises(BadParameters, match="is missing; there are p"):
+        await a.driver.check({})
+    activation = a.activation(1, program="gone")
+    with pytest.raises(NotProved, match="declare it as it was"):
+        await a.driver.deactivate(activation, drain=0)
+
+
+async def test_a_program_that_can_not_be_run_stops_the_start(site: Sites, tmp_path: Path) -> None:
+    a = site("exit 0")
+    (tmp_path / "a.program").chmod(0o644)
+    with pytest.raises(DriverError, match=r"program 'p': .* is not executable"):
+        await a.driver.start()
+
+
+async def test_the_fence_is_what_is_declared(site: Sites, tmp_path: Path) -> None:
+    a = site(RESERVING, fence="reservation")
+    assert a.driver.fence_kind is a.driver.fence_of({"program": "p"}) is FenceKind.RESERVATION
+    assert a.driver.fence_of({"program": "other"}) is FenceKind.NONE
+    b = site(f"touch {tmp_path}/fenced", name="b")
+    assert b.driver.fence_kind is b.driver.fence_of({"program": "p"}) is FenceKind.NONE
+    await b.driver.start()
+    await b.driver.fence(b.activation(2), [1])
+    assert not (tmp_path / "fenced").exists()
+
+
+async def test_secrets_stay_out_of_the_log(
+    site: Sites, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    a = site("cat >&2; exit 1")
+    await a.driver.start()
+    activation = a.activation(1, password="hush-hush")
+    with caplog.at_level(logging.DEBUG), pytest.raises(ActivationFailed) as caught:
+        await a.driver.activate(activation)
+    assert "***" in caplog.text
+    assert "hush-hush" not in caplog.text + str(caught.value)
+
+
+# With whole controllers.
+
+
+async def _two(controllers: Controllers, tmp_path: Path, fence: str, text: str = RESERVING) -> Path:
+    command = make(tmp_path / "program", text)
+    register = tmp_path / "register"
+    await controllers.device("exec", program="p", register=str(register))
+    for name in "ab":
+        # The tables that follow are of the file as a whole.
+        await controllers.start(name, f'exec.p.command = "{command}"\nexec.p.fence = "{fence}"', "exec")
+    return register
+
+
+async def test_a_transfer(controllers: Controllers, tmp_path: Path) -> None:
+    register = await _two(controllers, tmp_path, "none")
+    assert await controllers.give("a") == "test://somewhere/d1-1"
+    assert await controllers.give("b") == "test://somewhere/d1-2"
+    assert register.read_text() == "2\n"
+    verbs = [line for line in register.with_suffix(".log").read_text().splitlines() if line[-1] in "12"]
+    assert [line for line in verbs if "verify" not in line] == [
+        *("prepare 1", "activate 1", "deactivate 1", "prepare 2", "activate 2")
+    ]
+
+
+async def test_a_takeover_where_the_device_refuses_earlier_epochs(
+    controllers: Controllers, tmp_path: Path
+) -> None:
+    register = await _two(controllers, tmp_path, "reservation")
+    await controllers.give("a")
+    controllers.processes["a"].kill()
+    assert await controllers.served("b") == "test://somewhere/d1-2"
+    assert "fence 2 1" in register.with_suffix(".log").read_text()
+
+
+async def test_no_takeover_without_a_fence_but_a_proof_after_the_restart(
+    controllers: Controllers, tmp_path: Path
+) -> None:
+    register = await _two(controllers, tmp_path, "none")
+    await controllers.give("a")
+    controllers.processes["a"].kill()
+    await controllers.processes["a"].wait()
+    await until(lambda: "no fence" in controllers.log("b") or "FENCE_UNAVAILABLE" in controllers.log("b"), 20)
+    assert (await controllers.installation.state()).epoch == 1
+    declared = f'exec.p.command = "{tmp_path / "program"}"\nexec.p.fence = "none"'
+    await controllers.start("a", declared, "exec")
+    assert register.with_suffix(".log").read_text().rstrip().splitlines()[-1] == "deactivate 1"
+    assert await controllers.successor("b") == "test://somewhere/d1-2"
+
+
+async def test_the_program_that_hangs_at_its_end_makes_the_device_stuck(
+    controllers: Controllers, tmp_path: Path
+) -> None:
+    hanging = RESERVING.replace(
+        "asked = json.load(sys.stdin)\n",
+        "asked = json.load(sys.stdin)\n"
+        f"while asked['verb'] == 'deactivate' and not os.path.exists('{tmp_path}/mended'): pass\n",
+    )
+    await _two(controllers, tmp_path, "none", hanging)
+    await controllers.give("a")
+    target = await controllers.registered("b")
+    assert target is not None
+    state = await controllers.installation.state()
+    await controllers.installation.apply(
+        ownership.direct(controllers.installation.author, state, target, reason="test")
+    )
+    await until(lambda: "STUCK" in controllers.log("a"), 20)
+    assert "it took too long" in controllers.log("a")
+    assert (await controllers.installation.state()).epoch == 1
+    (tmp_path / "mended").touch()
+    assert await controllers.successor("b") == "test://somewhere/d1-2"

@@ -239,6 +239,7 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         min_hold=300,
         cool_down=30,
         fail_back="preferred",
+        on_lost_lease="continue",
         unchecked=True,
     )
     assert first.calls[-1][1].unchecked
@@ -257,6 +258,7 @@ async def test_a_device_is_created_as_told(leasehold: Leasehold, first: FakeCoor
         min_hold_seconds=300,
         cool_down_seconds=30,
         fail_back=records_pb2.FAIL_BACK_POLICY_PREFERRED,
+        on_lost_lease=records_pb2.LOST_LEASE_POLICY_CONTINUE,
     )
 
 

@@ -9,7 +9,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import typer.core
@@ -225,6 +225,35 @@ def controller(config: Config) -> None:
     from leasehold.client import daemon  # noqa: PLC0415
 
     raise typer.Exit(daemon.run("controller", config))
+
+
+@app.command("driver-check", epilog=exits.HELP)
+def driver_check(
+    name: Annotated[str, typer.Argument(help="Of an installed driver.")],
+    parameter: Annotated[
+        list[str], typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="Of a scratch device.")
+    ],
+    *,
+    destructive: Annotated[bool, typer.Option(help="The device may be written to.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Of a controller: programs, addresses.", exists=True, dir_okay=False)
+    ] = None,
+    writer: Annotated[
+        Path | None,
+        typer.Option(help="Run with a path and a text; exits with 0 once that is written.", exists=True),
+    ] = None,
+    patience: Annotated[float, typer.Option(help="Seconds for one verb.", min=1)] = 30,
+) -> None:
+    """Try whether a driver keeps its promises, on a device that nobody needs.
+
+    The device is written to, and remembers the epochs of the check. Use one that Leasehold does not manage.
+    """
+    from leasehold.client import daemon  # noqa: PLC0415
+
+    if not destructive:
+        raise typer.BadParameter("the device is written to: say that it may be", param_hint="--destructive")
+    check = cast("Callable[..., int]", daemon.command("driver-check", "controller"))
+    raise typer.Exit(check(name, parameter, config, writer, patience))
 
 
 @app.command()

@@ -22,15 +22,17 @@ def run(role: str, config: Path) -> int:
     return command(role)(config)
 
 
-def command(role: str) -> Callable[[Path], int]:
+def command(role: str, extra: str = "") -> Callable[[Path], int]:
+    """The entry point `role`, which comes with `extra`, or what has its name. Raises `NotInstalled`."""
+    extra = extra or role
     found = tuple(entry_points(group=GROUP, name=role))
     if not found:
-        raise NotInstalled(f"there is no {role} here; install it: pip install 'leasehold[{role}]'")
+        raise NotInstalled(f"there is no {role} here; install it: pip install 'leasehold[{extra}]'")
     try:
         return cast("Callable[[Path], int]", found[0].load())
     except ModuleNotFoundError as error:
         raise NotInstalled(
-            f"the {role} needs {error.name}, which is not installed: pip install 'leasehold[{role}]'"
+            f"the {role} needs {error.name}, which is not installed: pip install 'leasehold[{extra}]'"
         ) from error
 
 

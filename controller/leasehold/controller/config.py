@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+from leasehold.controller.executing.program import Program
 from leasehold.controller.gate import MAX_SLOTS
 from leasehold.controller.porter import SanSettings
-from leasehold.controller.programs.program import Program
 from leasehold.controller.timing import Timing
 from leasehold.runtime.config import EtcdSettings
 from leasehold.runtime.listening import Listening, check_host, is_wildcard
@@ -109,6 +109,10 @@ class ControllerConfig:
         check_id("controller", self.name)
         if not self.drivers:
             raise ValueError("drivers is empty: this controller could hold nothing")
+        for name in self.exec:
+            check_id("exec", name)
+        if "exec" in self.drivers and not self.exec:
+            raise ValueError("the driver exec has nothing to run: declare a program by a table [exec.NAME]")
         if len(self.host) > LONGEST_HOST or not self.host.isprintable():
             raise ValueError(
                 f"host {self.host[:40]!r} is not printable or longer than {LONGEST_HOST} characters"

@@ -32,12 +32,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from leasehold.controller.executing.program import Program
 from leasehold.controller.fencer.channel import FencerChannel
 from leasehold.controller.gate import Gate
 from leasehold.controller.label import Label
 from leasehold.controller.nbd.knocks import Knocks
 from leasehold.controller.nbd.shared import SharedPool
-from leasehold.controller.programs.program import Program
 
 ENTRY_POINTS = "leasehold.drivers"
 
@@ -88,7 +88,8 @@ class DriverContext:
     `base_port` 0 means ephemeral ports. `mount_root` is this controller's own directory for mount points.
     `on_unhealthy(device, reason)` is called on the event loop
     when a data path breaks without having been asked. `fencer` ends those processes of a driver that are late
-    with a deadline, and only those it was told of; a driver without processes needs none.
+    with a deadline, and only those it was told of; a driver without processes needs none. `programs` are
+    those that the configuration declares, by name.
     """
 
     gate: Gate

@@ -1,0 +1,1 @@
+"""Does a driver keep what it promises? What `leasehold driver-check` tries."""

@@ -1,0 +1,1 @@
+"""Programs of the operator, run for the verbs of the driver `exec`."""

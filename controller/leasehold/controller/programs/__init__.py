@@ -1,1 +1,0 @@
-"""Programs of an operator that do what a driver has to: see `leasehold.controller.drivers.exec`."""
