@@ -35,6 +35,7 @@ from leasehold.store.records import (
     HolderState,
     InstanceId,
     LeaseId,
+    LostLeasePolicy,
     Party,
     Pause,
     PreemptedPolicy,
@@ -79,6 +80,7 @@ FULL: tuple[Record, ...] = (
         min_hold_seconds=60,
         cool_down_seconds=5,
         fail_back=FailBackPolicy.PREFERRED,
+        on_lost_lease=LostLeasePolicy.CONTINUE,
     ),
     Controller(
         controller=A,
@@ -360,7 +362,10 @@ def test_another_major_version_is_unreadable(record: Record, version: int) -> No
         decode(type(record), kv({**document(record), "version": version}))
 
 
-MAY_LACK = {"version", "gained", "takeover", "mode", "preemption", "failBack", "onPreemption"}
+MAY_LACK = {
+    *("version", "gained", "takeover", "mode", "preemption"),
+    *("failBack", "onLostLease", "onPreemption"),
+}
 
 
 @pytest.mark.parametrize("record", LEAST, ids=named)
@@ -395,6 +400,7 @@ def test_every_enum_field_is_among_the_examples() -> None:
         "kind",
         "mode",
         "mode",
+        "onLostLease",
         "onPreemption",
         "preemption",
         "state",

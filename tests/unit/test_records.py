@@ -121,7 +121,7 @@ def test_a_class_has_the_fields_of_its_message(cls: type) -> None:
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_a_default_is_what_an_absent_field_means(cls: type) -> None:
     """proto3 leaves out what is empty, so a default must be the empty value, unless reading supplies it."""
-    enum_defaults = {"takeover", "mode", "preemption", "fail_back", "on_preemption"}
+    enum_defaults = {"takeover", "mode", "preemption", "fail_back", "on_lost_lease", "on_preemption"}
     for item in fields(cls):
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if default is MISSING or item.name in enum_defaults or item.name == "version":

@@ -32,9 +32,9 @@ def deadline() -> None:
     from leasehold.controller.gate import Gate  # noqa: PLC0415
 
     def late(method: Callable[..., Any]) -> Callable[..., Any]:
-        def put_off(self: Gate, *words: int) -> Any:
+        def put_off(self: Gate, *words: int, **more: bool) -> Any:
             *rest, when = words
-            return method(self, *rest, when and when + _FAR)
+            return method(self, *rest, when and when + _FAR, **more)
 
         return put_off
 
