@@ -233,6 +233,8 @@ class _Attached:
         loop = asyncio.get_running_loop()
         for number in PASSED_ON:
             loop.add_signal_handler(number, self._signalled, number)
+        # A stopped client does not keep its access alive, and serves nobody.
+        loop.add_signal_handler(signal.SIGTSTP, self._say, "not stopped: the access would be lost")
         try:
             self._waiting = asyncio.create_task(self._with_access())
             return await self._waiting
@@ -247,7 +249,7 @@ class _Attached:
             self._say(str(error))
             return exits.NOT_ATTACHED
         finally:
-            for number in PASSED_ON:
+            for number in (*PASSED_ON, signal.SIGTSTP):
                 loop.remove_signal_handler(number)
 
     def _signalled(self, number: signal.Signals) -> None:

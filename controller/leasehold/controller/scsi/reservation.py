@@ -177,10 +177,6 @@ class Reservation:
             return f"the reservation is not of the key {mine}"
         return None
 
-    def late(self) -> list[int]:
-        """The keys of earlier holds that were registered after this one had fenced them. Raises Refused."""
-        return [key for key in self._look() if key != self._mine.value]
-
     def give_up(self) -> None:
         """Take this hold's key from the device. Nothing of it is there afterwards. Raises OSError."""
         mine = self._mine.value
