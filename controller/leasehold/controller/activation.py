@@ -3,8 +3,8 @@
 1. The journal has the activation before the driver hears of it.
 2. `prepare` opens the device without writing, and registers the epoch on it where the driver knows such a
    thing; the device's own lease is taken meanwhile.
-3. Every lower epoch that is not proved to be over is fenced: the leases it names are revoked, then its holder
-   is given time to notice (not where the device itself refuses it), then the driver fences.
+3. Every lower epoch that is not proved to be over is fenced: the leases it lives by are revoked, then its
+   holder is given time to notice (not where the device itself refuses it), then the driver fences.
 4. Only *then* etcd proves that this controller, instance, session and epoch stand, and whether it may only
    read. Whoever was given the device before that is fenced or proved; whoever is given it after fences this
    epoch.
@@ -27,22 +27,22 @@ from typing import Any
 from leasehold.controller.context import Context, serving
 from leasehold.controller.driver import ActivationFailed, FenceKind, FenceRefused
 from leasehold.controller.hold import Hold, names
+from leasehold.controller.revocation import Revocations
 from leasehold.controller.takeover import obstacle
 from leasehold.controller.timing import TimingRefused
+from leasehold.store.clock import NANOSECONDS
 from leasehold.store.codec import Stored
 from leasehold.store.errors import OutcomeUnknown, Unavailable
 from leasehold.store.keys import Keys
-from leasehold.store.kv import KeyValue, get
+from leasehold.store.kv import KeyValue
 from leasehold.store.ownership import DeviceState, Serving, Told, publish
 from leasehold.store.records import (
     Device,
     Epoch,
     HolderState,
-    LeaseId,
     TakeoverPolicy,
     UnreleasedEpoch,
     lease_id,
-    lease_number,
 )
 from leasehold.store.transaction import Applied
 
@@ -61,8 +61,7 @@ class Activator:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._sessions_gone: set[LeaseId] = set()
-        """Of controllers that were fenced: known to have been revoked, or to have run out."""
+        self._revocations = Revocations(context)
 
     async def bring_up(self, hold: Hold) -> None:
         """From PREPARING to SERVING.
@@ -167,42 +166,19 @@ class Activator:
                 hold,
                 ", ".join(f"epoch {item.epoch} of {item.controller}" for item in strangers),
             )
-            await self._revoke(strangers)
+            since = await self._revocations.revoke(strangers, outlived=kind is FenceKind.RESERVATION)
             self._step(hold, "revoked")
             if kind is not FenceKind.RESERVATION:
                 wait = context.timing.wait_after_revocation(
                     TakeoverPolicy(spec.takeover), strangers, spec.ttl
                 )
-                await asyncio.sleep(wait)
+                await asyncio.sleep(max(wait - (context.clock() - since) / NANOSECONDS, 0))
         async with asyncio.timeout(context.timing.verb):
             try:
                 await hold.driver.fence(hold.activation, [item.epoch for item in lower])
             except TimeoutError as error:
                 raise FenceRefused(hold.device, hold.epoch, "the fence took too long") from error
         self._step(hold, "fenced")
-
-    async def _revoke(self, lower: Sequence[UnreleasedEpoch]) -> None:
-        """Revoke the leases that the epochs name, and return when they are known to be gone.
-
-        A session is revoked only if its controller is not registered under it any more: an earlier epoch of a
-        live controller must not cost it its other devices.
-        """
-        context = self._context
-        leases = {item.device_lease for item in lower if item.device_lease}
-        # A lease that is gone stays gone: of a dead controller with a thousand devices this is asked once.
-        doubtful = [item for item in lower if item.session_lease not in self._sessions_gone]
-        if names := sorted({item.controller for item in doubtful}):
-            _, ranges = await context.kv.read(
-                *(get(context.keys.controller(name)) for name in names), timeout=context.timing.call
-            )
-            carried = {
-                name: lease_id(found[0].lease) if found else ""
-                for name, found in zip(names, ranges, strict=True)
-            }
-            doubtful = [item for item in doubtful if carried[item.controller] != item.session_lease]
-        sessions = {item.session_lease for item in doubtful}
-        await _together(*(context.keeper.revoke(lease_number(lease)) for lease in leases | sessions))
-        self._sessions_gone |= sessions
 
     async def _publish(self, hold: Hold, state: DeviceState, whom: Serving) -> None:
         context = self._context
