@@ -78,22 +78,22 @@ class Fencing:
     async def _after(self, user: User, holder: Holder, old: int, new: Activation) -> None:
         """`new` takes over from `old`, whose holder is stopped and then goes on."""
         successor = await self._trial.opened(await self._trial.b.bring_up(new, old))
-        late = asyncio.create_task(
-            self._trial.refused(user, f"epoch {old} was fenced by {new.epoch}, and writes on")
-        )
+        fenced = f"epoch {old} was fenced by {new.epoch}"
+        late = asyncio.create_task(self._trial.refused(user, f"{fenced}, and writes on"))
         try:
             await self._trial.writes(successor)
             await asyncio.wait((late,), timeout=_UNDER_WAY)
             holder.go_on()
             await late
-            await self._trial.dead(
-                holder.path, f"after its holder went on, although epoch {new.epoch} has fenced it"
-            )
+            await self._trial.refused(user, f"{fenced}, and writes again once its holder goes on")
+            await self._trial.dead(holder.path, f"after its holder went on, although {fenced}")
             found = await asyncio.to_thread(successor.read, len(MARK))
             if found not in (None, MARK):
                 raise Broken(f"what epoch {old} wrote late stands where epoch {new.epoch} had written")
         finally:
-            await asyncio.wait((late,))
+            # Or who waits for an answer of it would wait long.
+            holder.go_on()
+            await asyncio.gather(late, return_exceptions=True)
             await asyncio.to_thread(successor.close)
 
     def _need_fence(self) -> FenceKind:

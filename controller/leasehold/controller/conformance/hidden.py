@@ -7,12 +7,16 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _READY = 10.0
 """Seconds for it to start, and for each of its writes."""
+_PASSING = 1.0
+"""Seconds for who only looks at a block device, such as udev, to let go of it."""
+_RETRY = 0.02
 
 
 class CanNotHide(Exception):
@@ -39,6 +43,7 @@ class HiddenMount:
         except OSError as error:
             raise CanNotHide(f"unshare can not be run: {error.strerror}") from error
         if self._answer() != "ready":
+            self._process.kill()
             _, said = self._process.communicate()
             raise CanNotHide(
                 f"no mount namespace is to be had: {said.decode(errors='replace').strip()[-200:]}"
@@ -71,12 +76,22 @@ def block_device(parameters: Mapping[str, str]) -> str:
 
 
 def claim(node: str) -> int:
-    """A descriptor whose open file is the only user of the block device, as a mount is. Raises OSError."""
-    return os.open(node, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+    """A descriptor whose open file is the only user of the block device, as a mount is. Blocks for a moment.
+
+    Raises OSError: EBUSY if it has another.
+    """
+    until = time.monotonic() + _PASSING
+    while True:
+        try:
+            return os.open(node, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= until:
+                raise
+        time.sleep(_RETRY)
 
 
 def in_use(node: str) -> bool:
-    """Whether anybody on this host has claimed the block device. Raises OSError."""
+    """Whether anybody on this host has claimed the block device. Blocks for a moment. Raises OSError."""
     try:
         os.close(claim(node))
     except OSError as error:

@@ -59,7 +59,7 @@ class Proofs:
         try:
             await asyncio.to_thread(mount.write)
         except OSError:
-            if not mount.node or not in_use(mount.node):
+            if not mount.node or not await asyncio.to_thread(in_use, mount.node):
                 return
             raise Broken(
                 f"deactivate returned, and {mount.node} is still mounted in another namespace"
@@ -74,14 +74,17 @@ class Proofs:
         await self._trial.a.bring_up(one)
         await self._trial.a.deactivate(one)
         try:
-            claimed = claim(node)
+            claimed = await asyncio.to_thread(claim, node)
         except OSError as error:
             raise Broken(f"deactivate returned, and {node} is still in use: {error.strerror}") from error
+        # As after a crash: of an epoch that is not known, whoever has the device may be what is left.
+        unknown = self._trial.next(self._trial.a)
         try:
-            # As after a crash: of an epoch that is not known, whoever has the device may be what is left.
-            await self._trial.a.deactivate(self._trial.next(self._trial.a))
+            await self._trial.a.deactivate(unknown)
         except NotProved:
-            return
+            pass
+        else:
+            raise Broken(f"deactivate returned while somebody had {node} open alone")
         finally:
             os.close(claimed)
-        raise Broken(f"deactivate returned while somebody had {node} open alone")
+        await self._trial.a.deactivate(unknown)
