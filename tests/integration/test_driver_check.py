@@ -5,6 +5,7 @@ A check mostly waits for deadlines. So those of the tests here are begun togethe
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ import pytest
 
 import unfaithful
 from leasehold.controller.filesystem import mount_api
-from programs import RESERVING, make
-from rivals import make_ext4, require_mounts
+from programs import RESERVING, alive, make
+from rivals import children, make_ext4, require_mounts, states, until
 from targets import target
 
 CHECKS = 12
 MOUNTED, BLOCK, FENCE = 1, 1, 2
 """How many of them take a mount, a block device, a fence."""
 AT_ONCE = 4
+HOLDING = "leasehold.controller.conformance.holding"
 WRITER = f"""#!{sys.executable} -IS
 # Writes as the device lets it: it obeys the one epoch in its register.
 import sys
@@ -33,17 +35,26 @@ sys.exit(open("REGISTER").read().strip() != epoch)
 Ended = subprocess.CompletedProcess[str]
 
 
-def check(directory: Path, *arguments: str) -> Ended:
+def begin(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     directory.mkdir(exist_ok=True)
     site = unfaithful.installed(directory / "site")
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "leasehold.client.cli", "driver-check", *arguments],
         env={**os.environ, "PYTHONPATH": site, "COLUMNS": "200", "TMPDIR": str(directory)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
     )
+
+
+def check(directory: Path, *arguments: str) -> Ended:
+    with begin(directory, *arguments) as process:
+        try:
+            said, complained = process.communicate(timeout=120)
+        except BaseException:
+            process.kill()
+            raise
+    return Ended(process.args, process.returncode, said, complained)
 
 
 @contextmanager
@@ -254,6 +265,26 @@ def test_a_mount_that_is_left_behind_is_not_emptied(tmp_path: Path) -> None:
     finally:
         for place in left:
             mount_api.unmount(place)
+
+
+async def test_who_ends_it_leaves_nothing_behind_and_nobody_stopped(tmp_path: Path) -> None:
+    image, work = tmp_path / "image", tmp_path / "work"
+    image.write_bytes(bytes(1 << 20))
+    with begin(work, "nbd", "-p", f"backing={image}", "--only", "fence", "--destructive") as process:
+        try:
+            await until(lambda: bool(children(process.pid, HOLDING)), within=30)
+            (holder,) = children(process.pid, HOLDING)
+            await until(lambda: states(holder) == {"T"}, within=30)
+            helpers = children(holder, "leasehold.controller.")
+            process.terminate()
+            _, complained = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, complained
+    assert "left behind" not in complained
+    assert helpers
+    assert not any(alive(pid) for pid in (holder, *helpers))
+    assert not list(work.glob("driver-check-*"))
 
 
 def test_what_can_not_be_tried(tmp_path: Path) -> None:
