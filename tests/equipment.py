@@ -7,6 +7,7 @@ from typing import NoReturn
 import pytest
 
 PACKAGES = {
+    "borg": "borgbackup",
     "e2fsck": "e2fsprogs",
     "losetup": "mount",
     "fsfreeze": "util-linux",

@@ -282,3 +282,79 @@ def test_restic_through_run_on_a_filesystem_that_moves_in_between(
             subprocess.run([*command, "--", "sh", "-c", script], env=environment, check=True, timeout=WAIT)
     found = {path.name: path.read_bytes() for path in (restored / str(source)[1:]).iterdir()}
     assert found == {path.name: path.read_bytes() for path in source.iterdir()}
+
+
+@pytest.mark.needs("borg")
+@pytest.mark.needs("mkfs.ext4")
+def test_borg_backs_up_and_restores_with_a_transfer_in_between(
+    cluster: DevCluster, device: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        missing("root", "run as root, which mounting takes")
+    monkeypatch.setenv("BORG_PASSPHRASE", "of the test")
+    monkeypatch.setenv("BORG_BASE_DIR", str(tmp_path / "borg"))
+    source, mounted, restored = tmp_path / "source", tmp_path / "mounted", tmp_path / "restored"
+    mounted.mkdir()
+    restored.mkdir()
+    files = filled(source)
+    code, told = done(cluster, device, str(place), "--", "mkfs.ext4", "-q", "-F", str(place))
+    assert code == 0, told
+    repository = str(mounted / "repository")
+    with attached(cluster, device, str(mounted), "--mount", "ext4") as process:
+        until(lambda: ready(mounted), "it is not mounted")
+        subprocess.run(["borg", "init", "--encryption=repokey", repository], check=True, timeout=WAIT)
+        with sync.connect(*cluster.endpoints) as leasehold:
+            backup = subprocess.Popen(["borg", "create", f"{repository}::first", "."], cwd=source)
+            move_away(cluster, leasehold, device)
+            assert backup.wait(WAIT) == 0
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, told
+    restore = f'cd "{restored}" && borg check "{repository}" && borg extract "{repository}::first"'
+    code, told = done(
+        cluster, device, str(mounted), "--mount", "ext4", "--via", "b", "--", "sh", "-c", restore
+    )
+    assert code == 0, told
+    assert contents(restored) == files
+
+
+@pytest.mark.needs("nbdcopy")
+def test_tar_through_attach_and_run(cluster: DevCluster, device: str, place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    files = filled(source)
+    on_file = f'tar -C {source} -c . | dd of="$LEASEHOLD_ATTACHED" bs=1M conv=notrunc,fsync status=none'
+    code, told = done(cluster, device, str(place), "--via", "a", "--", "sh", "-c", on_file)
+    assert code == 0, told
+    command = [sys.executable, "-m", "leasehold.client.cli", "run", device]
+    environment = os.environ | {"LEASEHOLD_COORDINATORS": ",".join(cluster.endpoints)}
+
+    def run(via: str, script: str) -> None:
+        arguments = [*command, "--via", via, "--", "sh", "-c", script]
+        subprocess.run(arguments, env=environment, check=True, timeout=WAIT)
+
+    (by_run := tmp_path / "by-run").mkdir()
+    run("b", f'nbdcopy "$LEASEHOLD_PATH" - | tar -C {by_run} -x')
+    assert contents(by_run) == files
+    # Shorter than what is there: the end of an archive is where it says, and not where the device ends.
+    for name in sorted(files)[5:]:
+        (source / name).unlink()
+    run("c", f'tar -C {source} -c . | nbdcopy --flush - "$LEASEHOLD_PATH"')
+    (by_attach := tmp_path / "by-attach").mkdir()
+    code, told = done(
+        *(cluster, device, str(place), "--mode", "read-only", "--"),
+        *("sh", "-c", f'tar -C {by_attach} -xf "$LEASEHOLD_ATTACHED"'),
+    )
+    assert code == 0, told
+    assert contents(by_attach) == contents(source)
+    assert len(contents(source)) == 5
+
+
+def filled(directory: Path) -> dict[str, bytes]:
+    directory.mkdir()
+    for number in range(20):
+        (directory / f"file-{number}").write_bytes(os.urandom(300_000))
+    return contents(directory)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

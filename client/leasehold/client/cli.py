@@ -243,6 +243,13 @@ def driver_check(
         typer.Option(help="Run with a path and a text; exits with 0 once that is written.", exists=True),
     ] = None,
     patience: Annotated[float, typer.Option(help="Seconds for one verb.", min=1)] = 30,
+    second: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Where the second controller reaches the device otherwise."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PROMISE", help="Try this one; may be repeated.")
+    ] = None,
 ) -> None:
     """Try whether a driver keeps its promises, on a device that nobody needs.
 
@@ -253,7 +260,7 @@ def driver_check(
     if not destructive:
         raise typer.BadParameter("the device is written to: say that it may be", param_hint="--destructive")
     check = cast("Callable[..., int]", daemon.command("driver-check", "controller"))
-    raise typer.Exit(check(name, parameter, config, writer, patience))
+    raise typer.Exit(check(name, parameter, config, writer, patience, second=second or (), only=only or ()))
 
 
 @app.command()

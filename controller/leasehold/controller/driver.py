@@ -11,8 +11,8 @@ The agent calls the verbs of one hold in this order::
 Where `writes_to_activate` is False, clients may be told the `path` before `activate` has returned.
 
 Every verb is idempotent, carries the epoch, may be cancelled, and may be called again after a
-time-out, which means only *perhaps done*. `deactivate` may come first of all: after a crash the
-agent asks a new driver to prove an epoch of which the driver has never heard.
+time-out, which means only *perhaps done*, or still being done. `deactivate` may come first of all:
+after a crash the agent asks a new driver to prove an epoch of which the driver has never heard.
 
 Errors, by what the caller can do::
 

@@ -29,6 +29,11 @@ class NbdUser:
         self._ask(protocol.Command.WRITE, BLOCK, mark.ljust(BLOCK))
         self._ask(protocol.Command.FLUSH, 0)
 
+    def read(self, length: int) -> bytes:
+        """The first `length` bytes of the device."""
+        self._ask(protocol.Command.READ, BLOCK)
+        return self._receive(BLOCK)[:length]
+
     def close(self) -> None:
         self._socket.close()
 

@@ -19,6 +19,10 @@ from leasehold.store.clock import NANOSECONDS, boottime_ns
 DEVICE = "driver-check"
 T = TypeVar("T")
 _LONG = 3600.0
+SHORT = 2.0
+"""Seconds of a hold that has to be renewed."""
+_RENEWED = 0.25
+"""Seconds between its renewals."""
 _LEAVING = 6.0
 """Seconds that a verb which was cancelled may take to leave."""
 
@@ -38,6 +42,7 @@ class Site:
         self.gate = Gate.create(directory / "gate", slots=256)
         self.gate.set_session(boottime_ns() + int(_LONG * NANOSECONDS))
         self._fencer = FencerChannel(self.gate, directory)
+        self._renewals: dict[int, asyncio.Task[None]] = {}
         self.driver = factory(
             DriverContext(
                 gate=self.gate,
@@ -61,6 +66,8 @@ class Site:
         await self.within("start", self.driver.start())
 
     async def stop(self) -> None:
+        for renewal in self._renewals.values():
+            renewal.cancel()
         await self.driver.stop()
         await self._fencer.stop()
         self.gate.close()
@@ -71,8 +78,16 @@ class Site:
         return Activation(DEVICE, epoch, parameters, self.gate.take_slot(), label=label)
 
     def open(self, activation: Activation, seconds: float = _LONG) -> None:
-        """What the agent does when the right is proved."""
-        self.gate.open(activation.slot, activation.epoch, boottime_ns() + int(seconds * NANOSECONDS))
+        """What the agent does when the right is proved. One that is short is renewed until `forsake`."""
+        self.gate.open(activation.slot, activation.epoch, _ahead(seconds))
+        if seconds < _LONG:
+            self._renewals[activation.slot] = asyncio.create_task(self._renew(activation, seconds))
+
+    async def forsake(self, activation: Activation) -> None:
+        """Renew it no more, as one that is cut off. Returns once its deadline has passed."""
+        self._renewals.pop(activation.slot).cancel()
+        # What the driver may have made of the deadline in the gate is not asked.
+        await asyncio.sleep(SHORT)
 
     async def bring_up(self, activation: Activation, *lower: int, seconds: float = _LONG) -> str:
         """The path. Raises DriverError, Hung."""
@@ -82,6 +97,10 @@ class Site:
         self.open(activation, seconds)
         await self.within("activate", self.driver.activate(activation))
         return self.driver.path(activation)
+
+    async def _renew(self, activation: Activation, seconds: float) -> None:
+        while self.gate.extend(activation.slot, activation.epoch, _ahead(seconds)):  # noqa: ASYNC110
+            await asyncio.sleep(_RENEWED)
 
     async def deactivate(self, activation: Activation) -> None:
         """With its gate open, so that it is the driver that ends it. Raises DriverError, Hung."""
@@ -102,3 +121,17 @@ class Site:
         done, _ = await asyncio.wait((task,), timeout=_LEAVING)
         if not done:
             raise Hung(f"{verb} was cancelled, and did not end within {_LEAVING:g} s more")
+        if not task.cancelled():
+            # It may have failed before, which is no matter now.
+            task.exception()
+
+    async def left_alone(self, verb: str, work: Coroutine[Any, Any, T], seconds: float) -> asyncio.Task[T]:
+        """Begin a verb, and wait for it only so long. It is not cancelled, and goes on."""
+        task = asyncio.create_task(self.within(verb, work))
+        await asyncio.wait((task,), timeout=seconds)
+        return task
+
+
+def _ahead(seconds: float) -> int:
+    """ns of CLOCK_BOOTTIME."""
+    return boottime_ns() + int(seconds * NANOSECONDS)

@@ -20,6 +20,9 @@ class User(Protocol):
     def write(self, mark: bytes) -> None:
         """Returns when `mark` is on the device."""
 
+    def read(self, length: int) -> bytes | None:
+        """The first bytes of what was last written there; None if this user can not read."""
+
     def close(self) -> None:
         """Let go of the path. Once or more."""
 
@@ -29,11 +32,14 @@ class FileUser:
 
     def __init__(self, path: str) -> None:
         directory = Path(unquote(urlsplit(path).path))
-        self._fd = os.open(directory / "driver-check", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(directory / "driver-check", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, mark: bytes) -> None:
         os.pwrite(self._fd, mark, 0)
         os.fsync(self._fd)
+
+    def read(self, length: int) -> bytes | None:
+        return os.pread(self._fd, length, 0)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -57,15 +63,21 @@ class CommandUser:
         if ended.returncode != 0:
             raise OSError(f"{self._command[0]} ended with {ended.returncode}: {ended.stderr[-200:]!r}")
 
+    def read(self, length: int) -> bytes | None:  # noqa: ARG002 - the program only writes
+        return None
+
     def close(self) -> None:
         """Nothing is open."""
 
 
-def use(path: str, writer: Path | None) -> User | None:
-    """Open `path`; None if nothing here knows how. Raises OSError."""
+def use(path: str, writer: Path | None, patience: float = PATIENCE) -> User | None:
+    """Open `path`; None if nothing here knows how. Raises OSError.
+
+    `patience` is in seconds, of a connection: what got no answer by then counts as refused.
+    """
     if writer is not None:
         return CommandUser(writer, path)
     scheme = urlsplit(path).scheme
     if scheme == "nbd":
-        return NbdUser(path, PATIENCE)
+        return NbdUser(path, patience)
     return FileUser(path) if scheme == "file" else None
