@@ -39,6 +39,11 @@ class Target:
     def portal(self) -> str:
         return f"127.0.0.1:{self._port}"
 
+    @property
+    def control(self) -> int:
+        """The control port of the one that runs."""
+        return self._control
+
     def parameters(self, **more: str) -> dict[str, str]:
         """Those of a device on its first LUN."""
         return {"portal": self.portal, "target": IQN, "lun": "1", **more}
