@@ -10,12 +10,16 @@ Parameters of a device's spec:
 ``label``    absolute path of the file with the device's label (`leasehold.controller.label`), on storage that
              every eligible controller reaches; or `none`. An image's is beside it if nothing is said, and a
              block device then has none.
+``reservation``  `none`, which is the default; or `host`: a SCSI disk of the hosts, named by
+             ``/dev/disk/by-id/...``, is reserved for the holder's host as well
+             (`leasehold.controller.scsi.host`).
 
 Path: ``file://<mount root>/<device>-<epoch>``. It needs root, and Linux 5.8.
 
 Fence: `shutdown`. A process of its own, the steward, shuts the filesystem down when the hold's deadline
 passes, whatever the controller does, and when the controller dies; and where the steward does not, the
-fencer. That excludes failures of processes and networks, not of a host that freezes as a whole.
+fencer. That excludes failures of processes and networks, not of a host that freezes as a whole; a
+reservation excludes that too.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ from leasehold.controller.filesystem.steward import LOCK
 from leasehold.controller.filesystem.volume import VolumeSpec
 from leasehold.controller.nbd.channel import ChannelError, WorkerRefused, WorkerSilent
 from leasehold.controller.nbd.locks import free
+from leasehold.controller.scsi.host import PARAMETER, HostReservations, wanted
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ _EARLIER_SECONDS = 6.0
 """For an earlier controller's steward to end; it gives itself less."""
 _STOP_SECONDS = 6.0
 _RETRY = 0.02
-_PARAMETERS = ("backing", "fstype", "options", "label")
+_PARAMETERS = ("backing", "fstype", "options", "label", PARAMETER)
 
 
 class FilesystemDriver:
@@ -78,6 +83,7 @@ class FilesystemDriver:
         self._channel: StewardChannel | None = None
         self._guard: asyncio.Task[None] | None = None
         self._active: set[str] = set()
+        self._reservations = HostReservations(context.name)
 
     @property
     def steward(self) -> int | None:
@@ -104,6 +110,7 @@ class FilesystemDriver:
     async def check(self, parameters: Mapping[str, str]) -> None:
         """The form only. Whether the backing is there differs by host: see `probe`."""
         _check(parameters)
+        wanted(parameters)
 
     async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
         reason = unsupported()
@@ -111,7 +118,8 @@ class FilesystemDriver:
             return reason
         try:
             _check(parameters)
-            return await self._examine(parameters)
+            why_not = await self._reservations.unfit(device, parameters)
+            return why_not or await self._examine(parameters)
         except (BadParameters, WorkerRefused) as error:
             return str(error)
         except (ChannelError, OSError) as error:
@@ -127,6 +135,7 @@ class FilesystemDriver:
             raise _failed(activation, error) from error
         if (wrong := answer.get("failure")) is not None:
             raise ActivationFailed(activation.device, activation.epoch, str(wrong))
+        await self._reservations.register(activation)
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's steward has shut it down, and the hold-off has passed."""
@@ -137,6 +146,8 @@ class FilesystemDriver:
     async def activate(self, activation: Activation) -> None:
         spec = self._spec(activation)
         self._active.add(activation.device)
+        # Before the mount, which may write.
+        await self._reservations.claim(activation)
         try:
             channel = await self._reach()
             await channel.ask("make", _MAKE_SECONDS, volume=asdict(spec))
@@ -150,7 +161,7 @@ class FilesystemDriver:
         except (ChannelError, OSError) as error:
             return str(error)
         failure = answer.get("failure")
-        return None if failure is None else str(failure)
+        return str(failure) if failure is not None else await self._reservations.lost(activation)
 
     async def deactivate(self, activation: Activation, *, drain: float) -> None:
         spec = self._spec(activation)
@@ -164,6 +175,7 @@ class FilesystemDriver:
             raise NotProved(
                 activation.device, activation.epoch, f"{spec.backing} may be in use still: {error}"
             ) from error
+        await self._reservations.give_up(activation)
 
     async def _examine(self, parameters: Mapping[str, str]) -> str | None:
         channel = await self._reach()

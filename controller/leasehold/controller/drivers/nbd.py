@@ -12,22 +12,26 @@ Parameters of a device's spec:
 ``label``    absolute path of the file with the device's label (`leasehold.controller.label`), on storage that
              every eligible controller reaches; or `none`. An image's is beside it if nothing is said, and a
              block device then has none.
+``reservation``  `none`, which is the default; or `host`: a SCSI disk of the hosts, named by
+             ``/dev/disk/by-id/...``, is reserved for the holder's host as well
+             (`leasehold.controller.scsi.host`).
 
 Path: ``nbd://host:port/<device>-<epoch>``. Fence: `gate`. Every read and write is checked against the
 hold's epoch and deadline before it touches the backing, and who is still inside after the deadline is killed
 by the fencer. That excludes failures of processes and networks, not of a host that freezes in the middle of a
-write.
+write; a reservation excludes that too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from leasehold.controller.driver import Activation, BadParameters, DriverError, FenceKind
+from leasehold.controller.driver import Activation, BadParameters, DriverContext, DriverError, FenceKind
 from leasehold.controller.drivers import paths
 from leasehold.controller.drivers.exporting import ExportingDriver
 from leasehold.controller.nbd.channel import ChannelError
 from leasehold.controller.nbd.pool import ExportSpec
+from leasehold.controller.scsi.host import PARAMETER, HostReservations, wanted
 
 
 class NbdDriver(ExportingDriver):
@@ -36,18 +40,24 @@ class NbdDriver(ExportingDriver):
     name = "nbd"
     fence_kind = FenceKind.GATE
 
+    def __init__(self, context: DriverContext) -> None:
+        super().__init__(context)
+        self._reservations = HostReservations(context.name)
+
     async def check(self, parameters: Mapping[str, str]) -> None:
         """The form only. Whether the backing is there differs by host: see `probe`."""
         for field in parameters:
-            if field not in ("backing", "cache", "label"):
+            if field not in ("backing", "cache", "label", PARAMETER):
                 raise BadParameters(field, "is unknown to the nbd driver")
         _backing(parameters)
         _writeback(parameters)
         _where(parameters)
+        wanted(parameters)
 
     async def probe(self, device: str, parameters: Mapping[str, str]) -> str | None:
         try:
-            return await self.pool.examine(device, _backing(parameters))
+            why_not = await self._reservations.unfit(device, parameters)
+            return why_not or await self.pool.examine(device, _backing(parameters))
         except BadParameters as error:
             return error.reason
         except ChannelError as error:
@@ -55,6 +65,21 @@ class NbdDriver(ExportingDriver):
 
     async def fence(self, activation: Activation, lower: Sequence[int]) -> None:
         """Nothing to do: each earlier holder's own gate has shut, and the agent's hold-off has passed."""
+
+    async def prepare(self, activation: Activation) -> None:
+        await super().prepare(activation)
+        await self._reservations.register(activation)
+
+    async def activate(self, activation: Activation) -> None:
+        await self._reservations.claim(activation)
+        await super().activate(activation)
+
+    async def verify(self, activation: Activation) -> str | None:
+        return await super().verify(activation) or await self._reservations.lost(activation)
+
+    async def deactivate(self, activation: Activation, *, drain: float) -> None:
+        await super().deactivate(activation, drain=drain)
+        await self._reservations.give_up(activation)
 
     def _spec(self, activation: Activation) -> ExportSpec:
         return ExportSpec(
