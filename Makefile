@@ -4,7 +4,7 @@ PYTHON ?= python3
 ROOTS := client controller coordinator proto store
 BIN := .venv/bin
 
-.PHONY: demo test chaos storm scale lint proto bench
+.PHONY: demo test test-cluster chaos storm scale lint proto bench
 
 # A cluster on this machine, three controllers, and a device that changes hands.
 demo: .venv/.demo
@@ -15,6 +15,11 @@ demo: .venv/.demo
 # for leases to run out, so four processes share it even on two cores.
 test: .venv/.dev
 	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
+
+# The topology of deploy/compose.yaml in containers: transfers, hosts that are killed, stopped and cut off, and an upgrade
+# under load. For the engine that answers, or for root one of its own.
+test-cluster: .venv/.dev
+	tests/tools/with-engine $(BIN)/pytest tests/cluster -p no:xdist $(ARGS)
 
 # Whatever can break, broken at random for LEASEHOLD_CHAOS seconds; LEASEHOLD_SEED repeats a plan.
 chaos: .venv/.dev

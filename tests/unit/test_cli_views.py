@@ -15,8 +15,9 @@ import yaml
 
 from command_line import CommandLine, command_line, in_turn
 from leasehold.client import exits, watching
+from leasehold.client.commands import health
 from leasehold.client.commands import history as history_commands
-from leasehold.client.testing import Failure
+from leasehold.client.testing import Failure, FakeCoordinator
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
 STOP = Failure(grpc.StatusCode.FAILED_PRECONDITION, "ENOUGH", "the test has seen enough")
@@ -454,6 +455,30 @@ def test_the_own_version_is_told_without_a_cluster(leasehold: CommandLine) -> No
     leasehold.coordinator.endpoint = "not an address"
     result = leasehold("version")
     assert (result.exit_code, result.stdout.split()[-1]) == (exits.USAGE, own)
+
+
+def test_health(leasehold: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    answers = {b"": b"\x08\x01", b"\x0a\x0eleasehold.etcd": b"\x08\x02"}
+
+    async def check(_: FakeCoordinator, request: bytes, __: object) -> bytes:
+        asked.append(request)
+        return answers[request]
+
+    monkeypatch.setattr(FakeCoordinator, "_health", check)
+    assert leasehold("health").exit_code == 0
+    result = leasehold("health", "--etcd")
+    assert (result.exit_code, result.stderr.count("has alarms about etcd")) == (1, 1)
+    answers[b""] = b"\x08\x02"
+    result = leasehold("health")
+    assert (result.exit_code, result.stderr.count("does not serve")) == (1, 1)
+    assert set(asked) == set(answers)
+
+
+def test_the_health_of_one_that_hangs(leasehold: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "PATIENCE", 0.3)
+    leasehold.coordinator.hung.set()
+    assert leasehold("health").exit_code == exits.NO_COORDINATOR
 
 
 def test_coordinators(leasehold: CommandLine) -> None:

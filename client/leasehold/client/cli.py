@@ -20,6 +20,7 @@ from leasehold.client.commands import (
     describe,
     device,
     get,
+    health,
     history,
     maintenance,
     request,
@@ -85,6 +86,7 @@ app.command("give-way", epilog=CODES)(request.give_way)
 app.command(epilog=CODES)(request.release)
 app.command(epilog=CODES)(request.cancel)
 app.add_typer(history.history, name="history")
+app.command(epilog=CODES)(health.health)
 app.command(epilog=CODES)(version.version)
 
 Config = Annotated[
