@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from leasehold.runtime import notify
 from leasehold.runtime.notify import Condition, EtcdWords, Manager, attend
+from leasehold.store import walltime
 from leasehold.store.alarms import Alarm, Alarms
 from service_manager import ServiceManager
 
@@ -35,24 +35,20 @@ async def test_each_state_has_its_words(address: str, monkeypatch: pytest.Monkey
         assert (manager.watchdog, manager.beat) == (8.0, 2.0)
         manager.word(well())
         assert hears.now() == [{"STATUS": "all is well", "EXTEND_TIMEOUT_USEC": "15000000"}]
-        manager.ready()
-        manager.word(well())
+        manager.ready(well())
         manager.word(Condition("no devices held\nREADY=0", "there is no fencer"))
         assert hears.now() == [
-            {"READY": "1"},
-            {"STATUS": "all is well", "WATCHDOG": "1"},
+            {"READY": "1", "STATUS": "all is well", "WATCHDOG": "1"},
             {"STATUS": "there is no fencer; no devices held READY=0"},
         ]
         manager.stopping(60.0)
         manager.word(well())
         # Its time is over.
         manager.stopping(0.0)
-        manager.word(well())
         assert hears.now() == [
-            {"STOPPING": "1", "STATUS": "stopping"},
+            {"STOPPING": "1", "STATUS": "stopping", "EXTEND_TIMEOUT_USEC": "15000000"},
             {"STATUS": "all is well", "EXTEND_TIMEOUT_USEC": "15000000"},
             {"STOPPING": "1", "STATUS": "stopping"},
-            {"STATUS": "all is well"},
         ]
         manager.close()
 
@@ -60,7 +56,7 @@ async def test_each_state_has_its_words(address: str, monkeypatch: pytest.Monkey
 async def test_what_was_not_heard_of_the_state_is_said_again(tmp_path: Path) -> None:
     address = str(tmp_path / "notify")
     manager = Manager(address)
-    manager.ready()
+    manager.ready(well())
     manager.word(well())
     with ServiceManager(address) as hears:
         manager.word(Condition("better"))
@@ -109,7 +105,7 @@ async def test_a_loop_that_hangs_falls_silent(tmp_path: Path) -> None:
             passed.set()
 
         manager = Manager(hears.address, watchdog=0.4)
-        manager.ready()
+        manager.ready(well())
         attending = asyncio.create_task(attend(manager, well))
         await hears.until(lambda fields: "WATCHDOG" in fields)
         listener = threading.Thread(target=listen)
@@ -138,7 +134,7 @@ async def test_a_fault_in_what_is_told_starves_the_watchdog(
 
 def test_etcd_that_does_not_answer_is_told_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(("10:00", "11:00"))
-    monkeypatch.setattr(notify.walltime, "timestamp", lambda: next(times))
+    monkeypatch.setattr(walltime, "timestamp", lambda: next(times))
     alarms, words = Alarms(), EtcdWords()
     assert words.say(alarms) == ""
     alarms.raised(Alarm.SILENT, "")

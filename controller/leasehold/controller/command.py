@@ -76,7 +76,7 @@ async def _run(controller: Daemon, config: ControllerConfig, stop: asyncio.Event
         _log.error("can not start: %s", error)
         return FAILED
     else:
-        manager.ready()
+        manager.ready(controller.condition())
         await asyncio.wait((stopping, controller.failed), return_when=asyncio.FIRST_COMPLETED)
         manager.stopping(config.timing.stop + CLOSING)
         return await _end(controller)

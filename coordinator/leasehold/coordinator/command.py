@@ -187,7 +187,7 @@ async def _serve(config: CoordinatorConfig, told: _Told, manager: Manager) -> No
                 group.create_task(Sweep(cluster, ledger, config.coordinator).run())
                 await leases.warm()
                 await server.ready()
-                manager.ready()
+                manager.ready(told.condition())
                 _log.info("ready at %s, %d devices", endpoint, len(cluster.known_devices))
         finally:
             await server.stop(GRACE)

@@ -68,6 +68,7 @@ class Manager:
         self._unsaid: dict[str, str] = {}
         self._until = float("inf")
         self._starved = False
+        self._deaf = False
         if address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
@@ -93,16 +94,18 @@ class Manager:
         """Seconds between two words."""
         return min(BEAT, self.watchdog / FEEDS) if self.watchdog else BEAT
 
-    def ready(self) -> None:
+    def ready(self, condition: Condition) -> None:
         """It serves from now on."""
         self.state = State.SERVING
-        self._tell(READY="1")
+        self._unsaid["READY"] = "1"
+        self.word(condition)
 
     def stopping(self, seconds: float) -> None:
         """It stops, and needs `seconds` at most, for which its time is extended."""
         self.state = State.STOPPING
         self._until = asyncio.get_running_loop().time() + seconds
-        self._tell(STOPPING="1", STATUS="stopping")
+        self._unsaid["STOPPING"] = "1"
+        self.word(Condition("stopping"))
 
     def word(self, condition: Condition) -> None:
         """What is due in this state, and how things stand."""
@@ -137,11 +140,13 @@ class Manager:
         try:
             self._socket.sendto(message.encode(), self._address)
         except OSError as error:
-            if not self._unsaid:
+            if not self._deaf:
                 _log.warning("the service manager can not be told, it is tried again: %s", error)
+            self._deaf = True
             # A life sign is of its moment; what was told of the state is told with the next word.
-            self._unsaid = {k: v for k, v in kept.items() if k in ("READY", "STOPPING", "STATUS")}
+            self._unsaid = {name: value for name, value in kept.items() if name in ("READY", "STOPPING")}
         else:
+            self._deaf = False
             self._unsaid = {}
 
 
