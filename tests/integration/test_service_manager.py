@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +53,19 @@ async def hold(installation: Installation, image: Path) -> None:
     target = decode(Controller, found).value
     state = await installation.state()
     await installation.apply(ownership.assign(installation.author, state, target, reason="test"))
+
+
+def runs(pid: int) -> bool:
+    """Whether any thread of it is not stopped."""
+    states = (task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+    return any(state.rpartition(")")[2].split()[0] != "T" for state in states)
+
+
+async def stopped(pids: list[int]) -> None:
+    """Return once they do not run any more: until then a word may be on its way."""
+    async with asyncio.timeout(10):
+        while any(map(runs, pids)):
+            await asyncio.sleep(0.01)
 
 
 async def exit_code(process: asyncio.subprocess.Process) -> int:
@@ -117,6 +129,7 @@ async def test_a_service_manager_is_told_how_its_daemons_stand(etcd: EtcdServer,
 
             pids = [process.pid for process in running]
             stop(pids)
+            await stopped(pids)
             silence = (manager.silent(WATCHDOG) for manager in (controller, coordinator))
             assert await asyncio.gather(*silence) == [True, True], "a stopped process says that it lives"
             cont(pids)
@@ -126,9 +139,12 @@ async def test_a_service_manager_is_told_how_its_daemons_stand(etcd: EtcdServer,
             etcd.stop()
             for manager in (controller, coordinator):
                 await manager.until(fed_and_says("etcd does not answer"))
-            end = time.monotonic() + WATCHDOG
-            while time.monotonic() < end:
-                await asyncio.gather(*(manager.until(fed, WATCHDOG) for manager in (controller, coordinator)))
+            heard = [len(manager.told) for manager in (controller, coordinator)]
+            for manager in (controller, coordinator):
+                for _ in range(6):
+                    await manager.until(fed_and_says("etcd does not answer"))
+            for manager, before in zip((controller, coordinator), heard, strict=True):
+                assert all(map(fed, manager.told[before:])), manager.told[before:]
             etcd.cont()
             for manager in (controller, coordinator):
                 await manager.until(lambda told: fed(told) and "etcd" not in told["STATUS"])
