@@ -21,6 +21,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "restic": "restic",
+    "systemd-analyze": "systemd",
     "tgtd": "tgt",
     "unshare": "util-linux",
     "xfs_repair": "xfsprogs",

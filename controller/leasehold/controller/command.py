@@ -18,12 +18,16 @@ from leasehold.controller.recovery import RecoveryRefused
 from leasehold.runtime import daemon, log
 from leasehold.runtime.api import CanNotListen
 from leasehold.runtime.config import ConfigError, load
+from leasehold.runtime.notify import Manager, attend
 from leasehold.runtime.session import NameTaken
 from leasehold.store.errors import StoreError
 
 _log = logging.getLogger(__name__)
 
 DONE, FAILED, MISCONFIGURED, REFUSED = range(4)
+
+CLOSING = 15.0
+"""Seconds beyond the time to stop that may be asked of a service manager, for what drivers leave behind."""
 
 
 def run(config_file: Path) -> int:
@@ -41,11 +45,23 @@ def run(config_file: Path) -> int:
 async def main(config: ControllerConfig, stop: asyncio.Event) -> int:
     """Run a controller until `stop` is set or it can not go on. Returns the exit code."""
     controller = Daemon(config)
+    manager = Manager.from_environment()
+    attending = asyncio.create_task(attend(manager, controller.condition))
+    try:
+        return await _run(controller, config, stop, manager)
+    finally:
+        attending.cancel()
+        await asyncio.gather(attending, return_exceptions=True)
+        manager.close()
+
+
+async def _run(controller: Daemon, config: ControllerConfig, stop: asyncio.Event, manager: Manager) -> int:
     starting = asyncio.create_task(controller.start())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            manager.stopping(CLOSING)
             starting.cancel()
             await asyncio.wait((starting,))
             return DONE
@@ -60,13 +76,15 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> int:
         _log.error("can not start: %s", error)
         return FAILED
     else:
-        return await _until(controller, stopping)
+        manager.ready(controller.condition())
+        await asyncio.wait((stopping, controller.failed), return_when=asyncio.FIRST_COMPLETED)
+        manager.stopping(config.timing.stop + CLOSING)
+        return await _end(controller)
     finally:
         stopping.cancel()
 
 
-async def _until(controller: Daemon, stopping: "asyncio.Task[bool]") -> int:
-    await asyncio.wait((stopping, controller.failed), return_when=asyncio.FIRST_COMPLETED)
+async def _end(controller: Daemon) -> int:
     error = controller.failed.result() if controller.failed.done() else None
     if error is not None:
         _log.error("can not go on: %s", error, exc_info=error)

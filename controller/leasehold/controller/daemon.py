@@ -17,11 +17,13 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from leasehold.controller.agent import Agent
 from leasehold.controller.checks import SERVICE, CheckService
+from leasehold.controller.condition import Observed
 from leasehold.controller.config import ControllerConfig
 from leasehold.controller.contest import Contest
 from leasehold.controller.context import Context
@@ -41,6 +43,7 @@ from leasehold.controller.session import Session
 from leasehold.runtime.api import ApiServer
 from leasehold.runtime.config import ConfigError
 from leasehold.runtime.etcd_health import watch_etcd
+from leasehold.runtime.notify import Condition
 from leasehold.store.errors import StoreError
 from leasehold.store.kv import Kv
 from leasehold.store.leases import LeaseKeeper
@@ -85,9 +88,16 @@ class Daemon:
         self._background: set[asyncio.Task[None]] = set()
         self._session_task: asyncio.Task[None] | None = None
         self._fencer_task: asyncio.Task[None] | None = None
+        self._observed: Observed | None = None
+        self._doing = "starting"
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.address = ""
         self.instance = new_instance()
+
+    def condition(self) -> Condition:
+        """How it stands, for its service manager."""
+        observed = self._observed.condition() if self._observed else Condition("")
+        return replace(observed, status=": ".join(filter(None, (self._doing, observed.status))))
 
     async def start(self) -> None:
         """Everything up to being ready.
@@ -133,6 +143,7 @@ class Daemon:
         )
         for driver in context.drivers.values():
             self._cleanup.push_async_callback(driver.stop)
+        self._doing = "starting: proving that what an earlier start left is over"
         left = await prove_past(context)
         self._server = ApiServer(config.listen, (*SERVICES, SERVICE), tls=config.tls)
         self._server.server.add_generic_rpc_handlers((self._relay,))
@@ -146,6 +157,7 @@ class Daemon:
         self.agent = Agent(context, self.session, contest)
         self._cleanup.push_async_callback(self.agent.close)
         self._observer = Observer(context, self.session, self.agent, contest)
+        self._doing = "starting: registering"
         await self.session.begin()
         for item in left:
             self.agent.adopt(item)
@@ -168,18 +180,25 @@ class Daemon:
         self._run(self._checkpoints(journal))
         self._session_task = self._run(self._keep_session())
         self._fencer_task = self._run(self._keep_fencer())
-        waiting = asyncio.ensure_future(watching.wait())
-        await asyncio.wait((waiting, self.failed), return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        if self.failed.done():
-            raise self.failed.result()
+        await self._until_it(watching)
         await self._server.ready()
+        self._observed = Observed(self.agent, self.session, self._fencer, keeper, connection.alarms)
+        self._doing = ""
         _log.info("ready, listening on %s", self.address)
         if self._fencer.lacks:
             _log.warning("the fencer may be late if the host is; it lacks %s", ", ".join(self._fencer.lacks))
 
+    async def _until_it(self, watches: asyncio.Event) -> None:
+        """Wait for `watches`. Raises what ended the controller meanwhile."""
+        waiting = asyncio.ensure_future(watches.wait())
+        await asyncio.wait((waiting, self.failed), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self.failed.done():
+            raise self.failed.result()
+
     async def stop(self) -> bool:
         """Give everything up in order. True if everything was released."""
+        self._doing = "stopping"
         if self._fencer_task is not None:
             self._fencer_task.cancel()
         try:

@@ -28,7 +28,9 @@ from leasehold.runtime import daemon, log
 from leasehold.runtime.api import ApiServer, CanNotListen
 from leasehold.runtime.config import ConfigError, load
 from leasehold.runtime.etcd_health import watch_etcd
+from leasehold.runtime.notify import Condition, EtcdWords, Manager, attend
 from leasehold.runtime.session import NameSpoiled, NameTaken, Registered, SessionLost, changed, register
+from leasehold.store.alarms import Alarms
 from leasehold.store.errors import AccessDenied, Corrupt, NoSpace, OutcomeUnknown, StoreError, Unavailable
 from leasehold.store.kv import Kv
 from leasehold.store.leases import Lease, LeaseKeeper
@@ -54,6 +56,8 @@ SERVICES = tuple(
 GRACE = 1.0
 """Seconds that calls under way have to end once the coordinator stops. Streams do not end by themselves, and
 their clients go to another coordinator."""
+CLOSING = 15.0
+"""Seconds in all that may be asked of a service manager for stopping."""
 RETRY = 1.0
 """Seconds between attempts to register again."""
 
@@ -72,14 +76,21 @@ def run(config_file: Path) -> int:
 
 async def main(config: CoordinatorConfig, stop: asyncio.Event) -> int:
     """Run a coordinator until `stop` is set or it can not go on. Returns the exit code."""
-    serving = asyncio.create_task(_serve(config))
+    manager = Manager.from_environment()
+    told = _Told()
+    attending = asyncio.create_task(attend(manager, told.condition))
+    serving = asyncio.create_task(_serve(config, told, manager))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        manager.stopping(CLOSING)
     finally:
         stopping.cancel()
         by_itself = not serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+        attending.cancel()
+        await asyncio.gather(attending, return_exceptions=True)
+        manager.close()
     if by_itself:
         return _judge(serving.exception())
     _log.info("stopped")
@@ -103,11 +114,30 @@ def _judge(error: BaseException | None) -> int:
     return FAILED
 
 
-async def _serve(config: CoordinatorConfig) -> None:
+class _Told:
+    """What a service manager is told of the coordinator. That its event loop turns is all that a new start
+    could mend: it decides nothing by itself that etcd does not have."""
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+        self.alarms: Alarms | None = None
+        self._etcd = EtcdWords()
+
+    def condition(self) -> Condition:
+        etcd = self._etcd.say(self.alarms) if self.alarms else ""
+        if self.cluster is None or not self.cluster.loaded.is_set():
+            words = "waiting for etcd"
+        else:
+            words = f"{len(self.cluster.devices)} devices known, {len(self.cluster.requests)} requests"
+        return Condition(f"{words}; {etcd}" if etcd else words)
+
+
+async def _serve(config: CoordinatorConfig, told: _Told, manager: Manager) -> None:
     async with config.etcd.connect() as connection, LeaseKeeper(connection) as keeper:
         for warning in (await check_version(connection, throwaway=config.etcd.throwaway)).warnings:
             _log.warning("%s", warning)
         cluster = Cluster(config.keys)
+        told.cluster, told.alarms = cluster, connection.alarms
         ledger = Ledger(Kv(connection), cluster, config.name)
         leases = AccessLeases(keeper, config.access_ttl)
         admission = Admission(config.limits, cluster, asyncio.get_running_loop().time)
@@ -157,6 +187,7 @@ async def _serve(config: CoordinatorConfig) -> None:
                 group.create_task(Sweep(cluster, ledger, config.coordinator).run())
                 await leases.warm()
                 await server.ready()
+                manager.ready(told.condition())
                 _log.info("ready at %s, %d devices", endpoint, len(cluster.known_devices))
         finally:
             await server.stop(GRACE)

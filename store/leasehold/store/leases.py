@@ -66,6 +66,9 @@ _LONGEST_NAP = 0.5
 """Seconds. The loop's clock stands still while the host is suspended and the boot clock does not, so nobody
 may sleep long by the one for something that is due by the other."""
 
+_NEGLECTED = 5 * NANOSECONDS
+"""Beyond a deadline. Whoever was stopped meanwhile needs a moment to notice that it has passed."""
+
 _RETURNED = 1024
 """Leases given back that are remembered for each TTL. They are not renewed: what is not used runs out."""
 
@@ -299,6 +302,15 @@ class LeaseKeeper:
         lease._kept = False
         if self._leases.get(lease.id) is lease:
             del self._leases[lease.id]
+
+    @property
+    def neglected(self) -> bool:
+        """Whether leases are not looked after here any more. A silence of etcd is no reason: at the deadline
+        a lease is lost, or goes on without etcd, and somebody has to have noticed."""
+        if any(task.done() for task in self._tasks):
+            return True
+        latest = self.clock() - _NEGLECTED
+        return any(lease.deadline < latest and not lease._silent for lease in self._leases.values())
 
     async def time_to_live(self, lease_id: int, *, timeout: float | None = None) -> int | None:
         """Whole seconds that the lease has left without renewal, or None if it is gone."""

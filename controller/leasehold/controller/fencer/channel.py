@@ -76,6 +76,11 @@ class FencerChannel:
         return self._socket is not None and self._ready.is_set()
 
     @property
+    def stale(self) -> bool:
+        """Whether the fencer has not looked for too long, as of now."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - self._gate.last_look > _STALE
+
+    @property
     def pid(self) -> int | None:
         return None if self._child is None else self._child.pid
 
@@ -115,8 +120,7 @@ class FencerChannel:
         child = self._child
         stale = 0
         while child is not None and not await child.exited(_BEAT):
-            silent = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - self._gate.last_look
-            stale = stale + 1 if silent > _STALE else 0
+            stale = stale + 1 if self.stale else 0
             if stale > 1:
                 _log.error("the fencer, process %d, is stopped or starved and gets killed", child.pid)
                 child.kill()
