@@ -200,6 +200,19 @@ async def test_what_a_dead_host_left_is_taken_away_before_anything_is_served(
     assert disk.holder == "c"
 
 
+async def test_the_dead_stay_shut_out_when_their_successor_is_gone(hosts: Hosts, disk: Disk) -> None:
+    a, b = hosts("a"), hosts("b")
+    await a.driver.start()
+    await b.driver.start()
+    disk.of("dead")
+    disk.tell(keys={"dead": Key.of("here", "dead", 4).value}, held=["dead", 1])
+    for host_, epoch in ((a, 5), (b, 6)):
+        activation = await host_.prepare(epoch)
+        await host_.activate(activation)
+        await host_.deactivate(activation)
+        assert (disk.keys, disk.holder) == ({host_.name: host_.key(epoch)}, host_.name)
+
+
 async def test_a_foreign_key_is_named_and_not_touched(hosts: Hosts, disk: Disk) -> None:
     a = hosts("a")
     await a.driver.start()

@@ -26,6 +26,7 @@ from leasehold.controller.iscsi.session import Address, Session
 from leasehold.controller.label import Label
 from leasehold.controller.scsi import commands
 from leasehold.controller.scsi.keys import Key
+from leasehold.controller.scsi.reservation import Reservation
 from leasehold.store.clock import NANOSECONDS, boottime_ns
 from targets import IQN, Target, target
 
@@ -206,6 +207,37 @@ async def test_a_successor_cuts_the_earlier_holder_off_without_its_help(
     await b.driver.deactivate(activation, drain=1)
 
 
+async def test_who_was_cut_off_stays_so_when_its_successor_has_given_up(
+    a: Site, b: Site, disk: Target, stranger: Stranger
+) -> None:
+    """Its commands may have waited in a process that was stopped, and come when nobody holds the device."""
+    stopped = stranger.session
+    held = Reservation(stranger.nexus, Key.of(INSTALLATION, "stranger", 2))
+    held.register()
+    held.fence()
+    activation, successor = await b.serve(disk, 3, 2)
+    await asyncio.to_thread(successor.write, 0, b"b" * BLOCK)
+    successor.close()
+    await b.driver.deactivate(activation, drain=1)
+
+    def late() -> None:
+        """Several, for the first are answered by what the target has to tell."""
+        data = memoryview(bytearray(b"late" * 128))
+        replies = [stopped.command(commands.write(block, 1), out=data) for block in range(4)]
+        assert not any(reply.good for reply in replies)
+        assert replies[-1].conflict
+
+    late()
+    assert disk.images[0].read_bytes()[:BLOCK] == b"b" * BLOCK
+    # Nor does it when the next one has come and gone.
+    activation, successor = await a.serve(disk, 4)
+    await asyncio.to_thread(successor.write, 0, b"a" * BLOCK)
+    successor.close()
+    await a.driver.deactivate(activation, drain=1)
+    late()
+    assert disk.images[0].read_bytes()[:BLOCK] == b"a" * BLOCK
+
+
 async def test_who_registers_late_is_put_out_and_harms_nobody(
     a: Site, b: Site, disk: Target, stranger: Stranger
 ) -> None:
@@ -334,8 +366,9 @@ async def test_the_epoch_of_a_killed_worker_is_proved_over_by_the_next(
         return True
 
     await eventually(proved)
-    assert stranger.keys == []
-    assert stranger.nexus.reserved() is None
+    # Whom it had fenced is not known any more.
+    assert stranger.keys == [key("a", 3)]
+    assert stranger.nexus.reserved() is not None
 
 
 async def test_a_target_that_is_away_is_not_proved_to_be_given_up(a: Site, disk: Target) -> None:

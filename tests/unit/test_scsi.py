@@ -224,7 +224,18 @@ def test_only_the_last_that_fenced_may_write(kind: Kind, aborts: bool) -> None:
     assert path.calls == ["register", *(["preempt 1 and abort"] if aborts else ["preempt 1", "reset"])]
     assert second.lost() is None
     second.give_up()
-    assert disk == Disk(aborts=aborts, kinds=frozenset({kind}))
+    assert not disk.may_write("a"), "who was fenced may go on at any time"
+    third, _ = took(disk, "c", 3)
+    third.give_up()
+    assert (disk.may_write("a"), disk.may_write("b")) == (False, False)
+
+
+def test_where_nobody_was_fenced_nothing_stays() -> None:
+    disk = Disk()
+    first, _ = took(disk, "a", 1)
+    first.fence()
+    first.give_up()
+    assert disk == Disk()
 
 
 def test_the_stronger_type_is_preferred() -> None:
@@ -325,7 +336,9 @@ def test_the_hold_of_a_dead_process_is_proved_over(forgot: bool) -> None:
     disk.under_way.add("a")
     after, _ = hold(disk, "a", 3, path="the next process")
     after.prove_over()
-    assert not disk.registered
+    # Whom it had preempted is not known any more, so it keeps everybody out until the next one comes.
+    assert list(disk.registered) == ["the next process"]
+    assert not disk.may_write("a")
     assert not disk.under_way
 
 

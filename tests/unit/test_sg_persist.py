@@ -60,9 +60,18 @@ def test_a_later_epoch_takes_the_device_from_an_earlier_one(tmp_path: Path) -> N
     with pytest.raises(Refused, match="epoch 2 already"):
         first.restore()
     second.give_up()
+    assert device.state()["held"] == ["b", 1], "who was preempted may go on at any time"
+    assert device.state()["resets"] == 0
+
+
+def test_nothing_stays_where_nobody_was_preempted(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    only = Reservation(device.nexus("a"), Key.of("here", "a", 1))
+    only.register()
+    only.fence()
+    only.give_up()
     assert device.state()["keys"] == {}
     assert device.state()["held"] == []
-    assert device.state()["resets"] == 0
 
 
 def test_a_device_that_can_not_abort_is_reset(tmp_path: Path) -> None:

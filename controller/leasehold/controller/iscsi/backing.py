@@ -91,6 +91,7 @@ class LunBacking:
         try:
             self._geometry: Geometry = self._nexus.geometry()
             self.size = self._geometry.size
+            self._reservation = Reservation(self._nexus, self._key)
             self._reservation.register()
         except BaseException:
             self._session.close()
@@ -198,7 +199,8 @@ class LunBacking:
             self.write(_ZEROES[: min(_PIECE, end - at)], at, guard)
 
     def close(self) -> None:
-        """Take this hold's key from the device. Raises OSError if it is not known to be gone."""
+        """Log out, and take this hold's key from the device unless it has to stay. Raises OSError if that may
+        not have been done."""
         try:
             if not self._taken:
                 self._reservation.give_up()
@@ -206,15 +208,11 @@ class LunBacking:
             self._session.close()
 
     def prove_unused(self) -> None:
-        """The key is gone, and there is no session: `close` has seen to it."""
+        """There is no session of this hold any more: `close` has seen to it."""
 
     @property
     def _nexus(self) -> Nexus:
         return Nexus(self._session)
-
-    @property
-    def _reservation(self) -> Reservation:
-        return Reservation(self._nexus, self._key)
 
     def _put(self, view: memoryview, offset: int, guard: Guard, *, durable: bool) -> None:
         block, most = self._geometry.block, self._geometry.most
@@ -332,6 +330,7 @@ class LunBacking:
         if self._session.lost:
             self._session.close()
             self._session = Session(self._spec.address(), patience=PATIENCE)
+            self._reservation.rebind(self._nexus)
             if self._nexus.geometry() != self._geometry:
                 raise Unreserved("the LUN has another size or shape than before")
         # Also where key and reservation are as they should be: they may be those of the session before.

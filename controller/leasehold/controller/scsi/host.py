@@ -23,7 +23,7 @@ from leasehold.controller.driver import (
     DriverError,
     EpochPassed,
 )
-from leasehold.controller.scsi.keys import Key, tag
+from leasehold.controller.scsi.keys import Key
 from leasehold.controller.scsi.reservation import Refused, Reservation
 from leasehold.controller.scsi.sg_persist import SgPersist, unfit
 
@@ -57,6 +57,8 @@ class HostReservations:
         self._controller = controller
         self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         """A step whose caller has given up goes on in its thread, and the next one waits for it."""
+        self._taken: dict[str, tuple[int, Reservation]] = {}
+        """By device, the last that was registered here, and in which epoch."""
         self._ended: dict[str, int] = {}
         """The epochs that were given up: a step that comes later must not bring one back."""
 
@@ -96,42 +98,42 @@ class HostReservations:
             return f"its reservation can not be looked at: {error}"
 
     async def give_up(self, activation: Activation) -> None:
-        """Take the hold's key from the device, once nothing of it writes any more.
+        """Take the hold's key from the device, once nothing of it writes any more, unless it has to stay.
 
-        What can not be taken away now is preempted by the next holder: that does no harm, and gets a warning.
+        What stays does no harm: the next holder preempts it. What can not be taken away gets a warning. What was
+        registered before a restart is left: nobody knows whom that hold had preempted.
         """
         if not wanted(activation.parameters):
             return
-        self._ended[activation.device] = max(self._ended.get(activation.device, 0), activation.epoch)
-        port = self._port(activation, _LOOK)
+        device, epoch = activation.device, activation.epoch
+        self._ended[device] = max(self._ended.get(device, 0), epoch)
 
         def give_up() -> None:
-            # Whatever the installation: after a restart it need not be known what this was registered for.
-            for value in port.registered():
-                key = Key.parse(value)
-                if key is not None and (key.controller, key.epoch) == (
-                    tag(self._controller),
-                    activation.epoch,
-                ):
-                    Reservation(port, key).give_up()
+            registered = self._taken.get(device)
+            if registered is not None and registered[0] == epoch:
+                del self._taken[device]
+                registered[1].give_up()
 
         try:
             await self._in_turn(activation, give_up)
         except (OSError, Refused) as error:
             _log.warning(
                 "device %s epoch %d: its key stays registered until the next holder preempts it: %s",
-                activation.device,
-                activation.epoch,
+                device,
+                epoch,
                 error,
             )
 
     async def _step(self, activation: Activation, step: Callable[[Reservation], None]) -> None:
-        reservation = Reservation(self._port(activation, _PATIENCE), self._key(activation))
+        key = self._key(activation)
 
         def taken() -> None:
-            if activation.epoch <= self._ended.get(activation.device, 0):
+            device, epoch = activation.device, activation.epoch
+            if epoch <= self._ended.get(device, 0):
                 raise Refused("it was given up meanwhile")
-            step(reservation)
+            if self._taken.get(device, (0,))[0] != epoch:
+                self._taken[device] = epoch, Reservation(self._port(activation, _PATIENCE), key)
+            step(self._taken[device][1])
 
         try:
             await self._in_turn(activation, taken)

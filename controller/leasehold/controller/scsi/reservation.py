@@ -11,6 +11,11 @@ registrants, makes the removal of the keys the exclusion; both is done in either
 registers late, because it was stopped in between, hurts nobody: it has neither the reservation, nor does it
 write before etcd has shown that it is the holder; it is preempted at the next look.
 
+Once somebody was preempted the exclusion has to last: he may have been stopped with commands of his to send,
+and nobody knows for how long. Without any reservation the device would take them. So the key and the
+reservation of such a hold stay when it is over, and so do those of every later one, which preempts them as it
+does those of the dead.
+
 A preemption takes the right to write; commands that the target had already begun may still end. PREEMPT AND
 ABORT ends them where the target has it, whatever it says that it has; else they are ended by a reset of the
 logical unit, which waits for them.
@@ -109,6 +114,12 @@ class Reservation:
         self._known: Capabilities | None = None
         self._aborts = True
         """As long as the device has not said otherwise."""
+        self._stays = False
+        """Whether the key has to stay when the hold is over."""
+
+    def rebind(self, port: Reservable) -> None:
+        """Go on over another nexus with the same device."""
+        self._port = port
 
     def register(self) -> None:
         """Make this hold known to the device. It may not write yet. Raises Refused, OSError."""
@@ -160,9 +171,9 @@ class Reservation:
                 raise
             # A later holder has fenced it already.
             return
-        # Commands may be under way of which the target, because it has forgotten, knows no key.
+        # Commands may be under way of which the target, because it has forgotten, knows no key. Whom the hold
+        # had preempted nobody knows any more, so its key stays.
         self._port.reset()
-        self.give_up()
 
     def lost(self) -> str | None:
         """None if only this hold is registered, and has the reservation; else what is otherwise."""
@@ -178,7 +189,9 @@ class Reservation:
         return None
 
     def give_up(self) -> None:
-        """Take this hold's key from the device. Nothing of it is there afterwards. Raises OSError."""
+        """Take this hold's key from the device, unless it has to stay. Raises OSError."""
+        if self._stays:
+            return
         mine = self._mine.value
         try:
             if mine in self._port.registered():
@@ -206,6 +219,8 @@ class Reservation:
         return kind
 
     def _preempt(self, victim: int) -> None:
+        # An earlier nexus of this hold is no somebody.
+        self._stays = self._stays or victim != self._mine.value
         if self._aborts:
             try:
                 self._port.preempt(self._mine.value, victim, self._kind, abort=True)
