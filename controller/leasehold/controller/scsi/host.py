@@ -100,8 +100,8 @@ class HostReservations:
     async def give_up(self, activation: Activation) -> None:
         """Take the hold's key from the device, once nothing of it writes any more, unless it has to stay.
 
-        What stays does no harm: the next holder preempts it. What can not be taken away gets a warning. What was
-        registered before a restart is left: nobody knows whom that hold had preempted.
+        What stays does no harm: the next holder preempts it. What can not be taken away gets a warning, and
+        what was registered before a restart is left: nobody knows whom that hold had preempted.
         """
         if not wanted(activation.parameters):
             return
