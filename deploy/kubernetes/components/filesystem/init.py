@@ -1,8 +1,8 @@
 """PID 1 of a controller that mounts: `init.py COMMAND...` ends when all processes of the container have.
 
-When PID 1 dies the kernel kills the container's other processes at once, those among them that shut the filesystems
-of a dead controller down. Those filesystems are mounted on the node and stay writable there. So PID 1 is not
-the controller but this, which waits for the controller and then for them.
+When PID 1 dies the kernel kills the container's other processes, and so those that shut the filesystems of a
+dead controller down, unless they were quicker. These are mounted on the node and would stay writable there. So
+PID 1 is not the controller but this, which waits for the controller and then for them.
 """
 
 import contextlib
@@ -31,7 +31,10 @@ def main(command: list[str]) -> int:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     # Where the container's memory is used up, the controller goes and not this. Refused without privileges.
-    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+    with (
+        contextlib.suppress(PermissionError),
+        open("/proc/self/oom_score_adj", "w", encoding="ascii") as file,
+    ):
         file.write("-1000")
     code = 1
     while True:
