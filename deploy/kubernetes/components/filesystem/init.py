@@ -1,8 +1,8 @@
 """PID 1 of a controller that mounts: `init.py COMMAND...` ends when all processes of the container have.
 
 When PID 1 dies the kernel kills the container's other processes, and so those that shut the filesystems of a
-dead controller down, unless they were quicker. These are mounted on the node and would stay writable there. So
-PID 1 is not the controller but this, which waits for the controller and then for them.
+dead controller down, unless they were quicker. These are mounted on the node and would stay writable there.
+So PID 1 is not the controller but this, which waits for the controller and then for them.
 """
 
 import contextlib
