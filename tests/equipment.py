@@ -11,6 +11,7 @@ PACKAGES = {
     "e2fsck": "e2fsprogs",
     "losetup": "mount",
     "fsfreeze": "util-linux",
+    "kustomize": "kustomize",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "nbdcopy": "libnbd-bin",

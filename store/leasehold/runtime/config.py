@@ -1,8 +1,13 @@
 """Configuration files: TOML read into a tree of frozen dataclasses.
 
 A key that means nothing is refused, not ignored: a mistyped safety setting must not silently be the default.
+
+`${NAME}` within a text is the environment variable NAME, for what only the place where a daemon runs knows:
+one file then does for all of a kind. Where such a variable is unset or empty the file is refused.
 """
 
+import os
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -15,6 +20,8 @@ from leasehold.store.connection import Connection, EtcdConfig
 from leasehold.store.keys import DEFAULT_PREFIX, Keys
 
 T = TypeVar("T")
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class ConfigError(Exception):
@@ -106,6 +113,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected a table, found {value!r}")
         return {name: _value(get_args(hint)[1], item, f"{where}.{name}") for name, item in value.items()}
+    value = _expanded(value, where)
     if hint is Path:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{where}: expected a path, found {value!r}")
@@ -117,3 +125,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
     return value
+
+
+def _expanded(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    for name in _VARIABLE.findall(value):
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"{where}: ${{{name}}} is empty: set {name} in the environment, or write the value"
+            )
+    return _VARIABLE.sub(lambda found: os.environ[found[1]], value)
