@@ -16,7 +16,7 @@ demo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
 
-# The topology of deploy/compose.yaml in containers: transfers, hosts that are killed, stopped and cut off, and an upgrade
+# What deploy/compose.yaml describes, in containers: transfers, hosts killed, stopped and cut off, and an upgrade
 # under load. For the engine that answers, or for root one of its own.
 test-cluster: .venv/.dev
 	tests/tools/with-engine $(BIN)/pytest tests/cluster -p no:xdist $(ARGS)

@@ -6,10 +6,8 @@ They are made from that very file, so what is tested is what it says; only the i
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -195,14 +193,3 @@ class Site:
         for volume in self._docker.volumes.list():
             if volume.name.startswith(f"leasehold-{self._mark}-"):
                 volume.remove(force=True)
-
-
-@contextmanager
-def site(image: str, etcd_image: str) -> Iterator[Site]:
-    with Site(image, etcd_image) as running:
-        yield running
-
-
-def compose_variables() -> set[str]:
-    """The names that the compose file wants to be told."""
-    return set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yaml").read_text()))

@@ -15,9 +15,11 @@ import yaml
 
 from command_line import CommandLine, command_line, in_turn
 from leasehold.client import exits, watching
+from leasehold.client import health as wire
 from leasehold.client.commands import health
 from leasehold.client.commands import history as history_commands
 from leasehold.client.testing import Failure, FakeCoordinator
+from leasehold.runtime.etcd_health import ETCD_HEALTH
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
 STOP = Failure(grpc.StatusCode.FAILED_PRECONDITION, "ENOUGH", "the test has seen enough")
@@ -459,7 +461,7 @@ def test_the_own_version_is_told_without_a_cluster(leasehold: CommandLine) -> No
 
 def test_health(leasehold: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bytes] = []
-    answers = {b"": b"\x08\x01", b"\x0a\x0eleasehold.etcd": b"\x08\x02"}
+    answers = {wire.request(): wire.SERVING, wire.request(wire.ETCD): b"\x08\x02"}
 
     async def check(_: FakeCoordinator, request: bytes, __: object) -> bytes:
         asked.append(request)
@@ -473,6 +475,7 @@ def test_health(leasehold: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None
     result = leasehold("health")
     assert (result.exit_code, result.stderr.count("does not serve")) == (1, 1)
     assert set(asked) == set(answers)
+    assert wire.ETCD == ETCD_HEALTH
 
 
 def test_the_health_of_one_that_hangs(leasehold: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

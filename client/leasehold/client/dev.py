@@ -25,6 +25,7 @@ from typing import Any, Self
 import grpc
 
 from leasehold.client import etcd as etcd_member
+from leasehold.client import health
 from leasehold.client.clock import now
 from leasehold.client.process import DevFailed, Nursery, Process, Unusable, pause_until
 from leasehold.client.workplace import Workplace
@@ -42,9 +43,6 @@ START = 30.0
 """Seconds for everything to answer. It takes one or two where nothing else runs."""
 STOP = 20.0
 """Seconds that a daemon has to stop after SIGTERM before it is killed."""
-
-_SERVING = b"\x08\x01"
-"""grpc.health.v1.HealthCheckResponse(status=SERVING) on the wire."""
 
 
 class DevCluster:
@@ -310,12 +308,10 @@ class DevCluster:
         """Wait until a daemon says that it serves."""
         deadline = now() + START
         with grpc.insecure_channel(process.endpoint) as channel:
-            check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
-                "/grpc.health.v1.Health/Check"
-            )
+            check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(health.CHECK)
             while True:
                 try:
-                    if check(b"", timeout=1.0, wait_for_ready=True) == _SERVING:
+                    if check(health.request(), timeout=1.0, wait_for_ready=True) == health.SERVING:
                         return
                 except grpc.RpcError:
                     # Not listening yet; what else it may be shows when the deadline passes.

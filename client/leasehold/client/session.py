@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
-from leasehold.client import stubs
+from leasehold.client import health, stubs
 from leasehold.client.clock import now
 from leasehold.client.endpoints import Endpoints
 from leasehold.client.errors import Busy, NoCoordinator
@@ -34,7 +34,6 @@ DEFAULT_TTL = 10.0
 SHORT = 1.0
 """Seconds below which a session was no good, and the next is not opened at once."""
 
-_HEALTH = "/grpc.health.v1.Health/Check"
 _Stream = grpc.aio.UnaryStreamCall[access_pb2.RequestAccessRequest, access_pb2.RequestAccessResponse]
 
 
@@ -161,10 +160,10 @@ class Session:
     async def _beat(self, address: str) -> None:
         """Return once the coordinator at `address` no longer answers."""
         check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
-        check = self._endpoints.channel(address).unary_unary(_HEALTH)
+        check = self._endpoints.channel(address).unary_unary(health.CHECK)
         while True:
             await asyncio.sleep(self.ttl / 4)
-            if not await _alive(check(b"", timeout=self.ttl / 4)):
+            if not await _alive(check(health.request(), timeout=self.ttl / 4)):
                 _log.info(
                     "%s does not answer; request %s goes on elsewhere", address, self._request.request_id
                 )

@@ -25,10 +25,10 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from leasehold.client import health
 from leasehold.client.status import DOMAIN
 from leasehold.v1 import access_pb2, controllers_pb2, devices_pb2, history_pb2, maintenance_pb2, records_pb2
 
-_HEALTH = "/grpc.health.v1.Health/Check"
 _SESSION = "/leasehold.v1.AccessService/RequestAccess"
 _METHODS = {
     f"/{service.full_name}/{method.name}": method
@@ -201,7 +201,7 @@ class FakeCoordinator(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Part of gRPC's interface: how to serve a method."""
         path = handler_call_details.method
-        if path == _HEALTH:
+        if path == health.CHECK:
             return grpc.unary_unary_rpc_method_handler(self._health)
         if path == _SESSION:
             return grpc.unary_stream_rpc_method_handler(
@@ -230,7 +230,7 @@ class FakeCoordinator(grpc.GenericRpcHandler):
     async def _health(self, _request: bytes, _context: _Context) -> bytes:
         if self.hung.is_set():
             await asyncio.Event().wait()
-        return b"\x08\x01"
+        return health.SERVING
 
     def _answering(self, name: str) -> Callable[[Any, _Context], Awaitable[Message | None]]:
         async def answer(request: Any, context: _Context) -> Message | None:

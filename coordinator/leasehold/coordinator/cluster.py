@@ -37,7 +37,6 @@ from leasehold.store.records import (
     DeviceId,
     Drain,
     Epochs,
-    FailBackPolicy,
     Grant,
     Holder,
     InvalidId,
@@ -197,20 +196,6 @@ class Cluster:
     def waiting(self, device: DeviceId) -> int:
         """How many wait for this very device."""
         return len(self._nested["queue"].get(device, ()))
-
-    def at_rest(self, device: DeviceId) -> bool:
-        """Whether nobody has a device or wants it, and nothing asks for it to be moved: what most changes
-        leave, seen without making a view."""
-        state = self.state(device)
-        spec, holder = state.spec, state.holder
-        return not (
-            state.unreadable
-            or state.grants
-            or self._nested["queue"].get(device)
-            or (self._pools and self._pools.labelled(device))
-            or (spec and spec.value.fail_back is not FailBackPolicy.STAY)
-            or (holder and holder.value.controller in self._drained)
-        )
 
     @property
     def pools(self) -> Pools:

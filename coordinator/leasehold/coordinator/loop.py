@@ -128,10 +128,6 @@ class Loop:
         """Whether a look could do anything; most changes of a held device need nothing."""
         if device == ANY:
             return len(self._cluster.pools) > 0
-        if self._cluster.at_rest(device):
-            self._alarmed.pop(device, None)
-            self._timed.pop(device, None)
-            return False
         view = self._cluster.view(device)
         self._note(view)
         if not view.queue and not view.state.grants:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leasehold.client import health as wire
 from leasehold.client.clock import now
 from leasehold.client.options import Coordinators, ask, say
 
@@ -12,11 +13,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 3.0
 """Seconds for an answer."""
-ETCD = "leasehold.etcd"
-"""The service that says how a daemon sees etcd."""
-_CHECK = "/grpc.health.v1.Health/Check"
-_SERVING = b"\x08\x01"
-"""grpc.health.v1.HealthCheckResponse(status=SERVING) on the wire."""
 
 
 def health(
@@ -30,7 +26,7 @@ def health(
 
     A controller is asked as a coordinator is, by its own address.
     """
-    address, serves = ask(coordinator, lambda leasehold: _asked(leasehold, ETCD if etcd else ""))
+    address, serves = ask(coordinator, lambda leasehold: _asked(leasehold, wire.ETCD if etcd else wire.WHOLE))
     if not serves:
         say(f"{address} does not serve" if not etcd else f"{address} has alarms about etcd")
         raise typer.Exit(1)
@@ -40,11 +36,8 @@ async def _asked(leasehold: "Leasehold", service: str) -> tuple[str, bool]:
     import grpc  # noqa: PLC0415
     import grpc.aio  # noqa: PLC0415
 
-    # grpc.health.v1.HealthCheckRequest(service=...) on the wire.
-    request = b"\x0a" + bytes((len(service),)) + service.encode() if service else b""
-
     async def attempt(channel: grpc.aio.Channel, limit: float) -> bool:
-        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_CHECK)
-        return bytes(await check(request, timeout=limit)) == _SERVING
+        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(wire.CHECK)
+        return bytes(await check(wire.request(service), timeout=limit)) == wire.SERVING
 
     return await leasehold.endpoints.ask(attempt, until=now() + PATIENCE)
