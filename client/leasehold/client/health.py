@@ -1,4 +1,4 @@
-"""The standard health check of gRPC, grpc.health.v1, as it is on the wire: a client needs no package for it."""
+"""The standard health check of gRPC, grpc.health.v1, as it is on the wire: clients need no package for it."""
 
 CHECK = "/grpc.health.v1.Health/Check"
 SERVING = b"\x08\x01"
